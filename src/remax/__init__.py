@@ -1,0 +1,1 @@
+"""remax: align language models with ReMax."""

@@ -1,0 +1,343 @@
+"""Every setting of every command: frozen dataclasses, checked when they are made. Imports no torch.
+
+The string beneath a field is its documentation and its `--help`. Names are those of TRL and transformers wherever
+they have the setting. A configuration is the union of the groups it inherits from, and each group is a section of
+the command's help.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from remax.errors import UserError
+
+KLMode = Literal["to_go", "one_step", "loss", "none"]
+KLEstimator = Literal["exact", "k2"]
+Aggregation = Literal["sequence", "token"]
+ClipMode = Literal["raw", "difference"]
+DType = Literal["float32", "bfloat16"]
+Scheduler = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
+]
+
+FOREIGN_NAMES = {
+    "per_device_train_batch_size": "batch_size (prompts per step, over all processes)",
+    "generation_batch_size": "batch_size (prompts per step, over all processes)",
+    "per_device_eval_batch_size": "reward_batch_size and rollout_batch_size",
+    "gradient_accumulation_steps": "micro_batch_tokens (the batch is cut into pieces of that many tokens)",
+    "model_init_kwargs": "dtype and attn_implementation, or pass a loaded model",
+    "warmup_ratio": "warmup_steps (a number below 1 is a fraction of the run)",
+    "eval_strategy": "eval_steps",
+    "load_best_model_at_end": "save_best_model",
+    "loss_type": "loss_aggregation",
+    "kl_coef": "beta",
+    "max_length": "max_prompt_length and max_completion_length",
+    "response_length": "max_completion_length",
+    "peft_config": "use_peft with lora_r, lora_alpha and lora_target_modules",
+    "disable_dropout": "nothing (dropout is always off)",
+    "num_iterations": "nothing (one update per batch, strictly on-policy)",
+    "steps_per_generation": "nothing (one update per batch, strictly on-policy)",
+    "epsilon": "nothing (on-policy, so there is no ratio to clip)",
+    "scale_rewards": "nothing (advantages are not normalised)",
+    "reward_model_path": "reward_model",
+    "model_name_or_path": "model",
+    "dataset_name": "train_dataset",
+}
+"""Settings of TRL and other libraries, and what they are called here."""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Returns advice for an unknown setting: our word for it, or the most similar name."""
+    if name in FOREIGN_NAMES:
+        return f"here it is {FOREIGN_NAMES[name]}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}" if close else "see --help for all settings"
+
+
+class Options:
+    """Base of all groups of settings: refuses unknown names, then lets every group check its own fields."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in kwargs:
+            if name not in known:
+                raise UserError(f"{cls.__name__} has no setting {name}: it would be ignored; {nearest(name, known)}.")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for group in type(self).__mro__:
+            if "_check" in vars(group):
+                group._check(self)
+
+    def _require(self, condition: bool, name: str, consequence: str, instead: str) -> None:
+        """Raises UserError with the project's one sentence for a bad setting unless the condition holds."""
+        if not condition:
+            raise UserError(f"--{name} is {getattr(self, name)}: {consequence}; set {instead}.")
+
+    def _check(self) -> None:
+        """Checks the group's own fields."""
+
+
+@dataclass(frozen=True)
+class OutputOptions(Options):
+    """Run"""
+
+    output_dir: str = "remax-output"
+    """Folder for everything the run writes; it must not hold a run already."""
+    seed: int = 42
+    """Seed of the data order, the sampling noise and the initial weights of anything new."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers, as Accelerate names them (tensorboard, wandb, mlflow, ...); 'none' for none."""
+    logging_steps: int = 1
+    """Steps between two lines of metrics on the terminal and in the trackers (metrics.jsonl has every step)."""
+
+    def _check(self) -> None:
+        self._require(self.logging_steps > 0, "logging_steps", "nothing would be logged", "1 or more")
+
+
+@dataclass(frozen=True)
+class OptimiserOptions(Options):
+    """Optimiser"""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Scheduler = "linear"
+    """Schedule of the learning rate over the run."""
+    warmup_steps: float = 0
+    """Steps of linear warm-up; below 1, a fraction of the run."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, not applied to biases and norms."""
+    adam_beta1: float = 0.9
+    """AdamW's first moment decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second moment decay (the paper's authors use 0.95)."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 for no clipping."""
+
+    def _check(self) -> None:
+        self._require(self.learning_rate > 0, "learning_rate", "nothing would be learned", "a rate such as 1e-6")
+        self._require(self.max_grad_norm >= 0, "max_grad_norm", "no norm is negative", "a bound, or 0 for no clipping")
+        self._require(self.warmup_steps >= 0, "warmup_steps", "no warm-up is negative", "steps, or a fraction below 1")
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Precision and adapters"""
+
+    dtype: DType = "float32"
+    """Type of the weights that are loaded and trained."""
+    bf16: bool = False
+    """Forward and backward in bfloat16 autocast over the weights of --dtype (the usual mixed precision)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    attn_implementation: str | None = None
+    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...); by default its choice."""
+    use_peft: bool = False
+    """Train a LoRA adapter; the reference is then the same model with the adapter off."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: int = 32
+    """Scale of the adapter (alpha / r)."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapter, in SFT and reward training; always off in RL."""
+    lora_target_modules: list[str] = field(default_factory=list)
+    """Modules that get an adapter; by default all linear layers."""
+
+    def _check(self) -> None:
+        self._require(self.lora_r > 0, "lora_r", "the adapter would have no weights", "1 or more")
+
+
+@dataclass(frozen=True)
+class DatasetOptions(Options):
+    """Data"""
+
+    dataset_split: str = "train"
+    """Split of --train_dataset, when it has several."""
+    eval_split: str = "test"
+    """Split of --eval_dataset, when it has several."""
+
+
+@dataclass(frozen=True)
+class PromptOptions(Options):
+    """Prompts"""
+
+    max_prompt_length: int = 512
+    """Longest prompt in tokens, BOS and chat template included."""
+    overlong_prompts: Literal["filter", "truncate"] = "filter"
+    """What happens to longer ones: dropped with a count, or cut on the left, keeping BOS and template."""
+    system_prompt: str | None = None
+    """Put in front of conversational prompts that have no system message."""
+
+    def _check(self) -> None:
+        self._require(self.max_prompt_length > 0, "max_prompt_length", "every prompt would be too long", "1 or more")
+
+
+@dataclass(frozen=True)
+class SamplingOptions(Options):
+    """Rollout"""
+
+    max_completion_length: int = 256
+    """Longest completion in tokens, EOS included."""
+    temperature: float = 1.0
+    """Sampling temperature; the log-probabilities of policy and reference take the same."""
+    top_p: float = 1.0
+    """Nucleus sampling; the policy is then the truncated distribution, in the gradient too."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 for no limit. In the gradient too."""
+    rollout_batch_size: int = 0
+    """Most rows decoded at once; 0 for all of a step's rows together."""
+
+    def _check(self) -> None:
+        self._require(self.max_completion_length > 0, "max_completion_length", "nothing is generated", "1 or more")
+        self._require(self.temperature > 0, "temperature", "nothing can be sampled (greedy rows come anyway)", "1.0")
+        self._require(0 < self.top_p <= 1, "top_p", "there is no such nucleus", "a number in (0, 1]")
+        self._require(self.top_k >= 0, "top_k", "there is no such limit", "0 for no limit")
+        self._require(self.rollout_batch_size >= 0, "rollout_batch_size", "no row can be decoded", "0 for no limit")
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions(Options):
+    """Objective"""
+
+    method: Literal["remax"] = "remax"
+    """The estimator of the policy gradient."""
+    num_generations: int = 1
+    """Sampled completions per prompt, all compared with the one greedy completion."""
+    beta: float = 0.05
+    """Coefficient of KL(policy || reference), in reward per nat; 0 loads no reference."""
+    kl_mode: KLMode = "to_go"
+    """Where the KL enters: to_go (sum of the log-ratios from a token on, in its return: the unbiased gradient), one_step
+    (the token's own log-ratio, as in the authors' code), loss (a term of the loss), none (no reference is loaded)."""
+    kl_estimator: KLEstimator = "exact"
+    """With --kl_mode loss: exact over the vocabulary at each position, or k2 (half the squared log-ratio)."""
+    gamma: float = 1.0
+    """Discount of the reward difference, gamma^(T-t) at t = 0..T-1 of T tokens; the KL is not discounted."""
+    loss_aggregation: Aggregation = "sequence"
+    """sequence: sum over tokens, mean over sequences (Algorithm 1). token: mean over all tokens of the batch (biased)."""
+    reward_clip: float | None = None
+    """Clip to [-c, c]; see --reward_clip_mode."""
+    reward_clip_mode: ClipMode = "raw"
+    """Clip each raw reward, before the baseline is subtracted, or the difference to the baseline (authors' code: 5)."""
+    reward_weights: list[float] = field(default_factory=list)
+    """Weights of the rewards, --reward_model first, then --reward_funcs in order; by default all 1."""
+
+    def _check(self) -> None:
+        self._require(self.num_generations > 0, "num_generations", "there is nothing to learn from", "1 or more")
+        self._require(self.beta >= 0, "beta", "the policy would be driven away from the reference", "0 or more")
+        self._require(0 < self.gamma <= 1, "gamma", "there is no such discount", "a number in (0, 1]")
+        self._require(
+            self.reward_clip is None or self.reward_clip > 0,
+            "reward_clip",
+            "every reward would become 0",
+            "a positive bound or leave it out",
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference model has to be held at all."""
+        return self.kl_mode != "none" and self.beta > 0
+
+
+@dataclass(frozen=True)
+class LengthOptions(Options):
+    """Length of the run"""
+
+    max_steps: int = -1
+    """Optimiser steps; -1 for --num_train_epochs passes over the data."""
+    num_train_epochs: float = 1.0
+    """Passes over the data when --max_steps is -1."""
+
+    def _check(self) -> None:
+        self._require(
+            self.max_steps > 0 or self.max_steps == -1,
+            "max_steps",
+            "no step would be taken",
+            "1 or more, or -1 to count by --num_train_epochs",
+        )
+        self._require(self.num_train_epochs > 0, "num_train_epochs", "no step would be taken", "a positive number")
+
+
+@dataclass(frozen=True)
+class LoopOptions(Options):
+    """Training loop"""
+
+    batch_size: int = 32
+    """Prompts per step, over all processes."""
+    micro_batch_tokens: int = 16384
+    """Most tokens, padding included, in one forward-backward pass; changes memory and speed, not the result."""
+    reward_batch_size: int = 64
+    """Completions scored at once by a reward model."""
+    eval_steps: int = 0
+    """Steps between two evaluations on --eval_dataset; 0 for one before and one after training."""
+    num_eval_prompts: int = 256
+    """Prompts of --eval_dataset that are used, from its start."""
+    save_best_model: bool = True
+    """With --eval_dataset: keep the weights with the best evaluation in OUT/best_model."""
+    metric_for_best_model: str = "eval/reward"
+    """The evaluation metric that decides; larger is better."""
+    log_completions: bool = True
+    """Write every completion with its rewards to completions.jsonl."""
+
+    def _check(self) -> None:
+        for name in ("batch_size", "micro_batch_tokens", "reward_batch_size", "num_eval_prompts"):
+            self._require(getattr(self, name) > 0, name, "nothing would be processed", "1 or more")
+        self._require(self.eval_steps >= 0, "eval_steps", "no interval is negative", "a number of steps, or 0")
+
+
+@dataclass(frozen=True)
+class ReMaxConfig(
+    OutputOptions,
+    DatasetOptions,
+    PromptOptions,
+    SamplingOptions,
+    ObjectiveOptions,
+    LengthOptions,
+    LoopOptions,
+    OptimiserOptions,
+    ModelOptions,
+):
+    """Settings of `remax train` and of ReMaxTrainer."""
+
+
+@dataclass(frozen=True)
+class StageOptions(Options):
+    """Training loop"""
+
+    batch_size: int = 32
+    """Examples (for `remax reward`: pairs) per step, over all processes."""
+    micro_batch_size: int = 0
+    """Examples in one forward-backward pass of one process; 0 for its whole share of the batch."""
+    max_length: int = 1024
+    """Longest example in tokens; longer ones are cut (sft) or dropped with a count (reward)."""
+
+    def _check(self) -> None:
+        for name in ("batch_size", "max_length"):
+            self._require(getattr(self, name) > 0, name, "nothing would be processed", "1 or more")
+        self._require(self.micro_batch_size >= 0, "micro_batch_size", "no batch is negative", "0 for no limit")
+
+
+@dataclass(frozen=True)
+class SFTConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
+    """Settings of `remax sft`."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Scheduler = "cosine"
+    """Schedule of the learning rate over the run."""
+
+
+@dataclass(frozen=True)
+class RewardConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
+    """Settings of `remax reward`."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Scheduler = "cosine"
+    """Schedule of the learning rate over the run."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(DatasetOptions, PromptOptions, SamplingOptions):
+    """Settings of `remax evaluate`."""
