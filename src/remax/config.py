@@ -16,9 +16,7 @@ KLEstimator = Literal["exact", "k2"]
 Aggregation = Literal["sequence", "token"]
 ClipMode = Literal["raw", "difference"]
 DType = Literal["float32", "bfloat16"]
-Scheduler = Literal[
-    "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
-]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
 FOREIGN_NAMES = {
     "per_device_train_batch_size": "batch_size (prompts per step, over all processes)",
@@ -66,8 +64,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for group in type(self).__mro__:
-            if "_check" in vars(group):
-                group._check(self)
+            if check := vars(group).get("_check"):
+                check(self)
 
     def _require(self, condition: bool, name: str, consequence: str, instead: str) -> None:
         """Raises UserError with the project's one sentence for a bad setting unless the condition holds."""
@@ -123,17 +121,23 @@ class OptimiserOptions(Options):
 
 
 @dataclass(frozen=True)
-class ModelOptions(Options):
-    """Precision and adapters"""
+class PrecisionOptions(Options):
+    """Precision"""
 
     dtype: DType = "float32"
     """Type of the weights that are loaded and trained."""
     bf16: bool = False
     """Forward and backward in bfloat16 autocast over the weights of --dtype (the usual mixed precision)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
     attn_implementation: str | None = None
     """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...); by default its choice."""
+
+
+@dataclass(frozen=True)
+class ModelOptions(PrecisionOptions):
+    """Memory and adapters"""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     use_peft: bool = False
     """Train a LoRA adapter; the reference is then the same model with the adapter off."""
     lora_r: int = 16
@@ -198,6 +202,24 @@ class SamplingOptions(Options):
 
 
 @dataclass(frozen=True)
+class ScoringOptions(Options):
+    """Scoring"""
+
+    reward_weights: list[float] = field(default_factory=list)
+    """Weights of the rewards, --reward_model first, then --reward_funcs in order; by default all 1."""
+    reward_batch_size: int = 64
+    """Completions scored at once by a reward model."""
+    micro_batch_tokens: int = 16384
+    """Most tokens, padding included, in one pass of policy or reference; changes memory and speed, not the result."""
+    num_eval_prompts: int = 256
+    """Prompts of --eval_dataset that are used, from its start."""
+
+    def _check(self) -> None:
+        for name in ("micro_batch_tokens", "reward_batch_size", "num_eval_prompts"):
+            self._require(getattr(self, name) > 0, name, "nothing would be processed", "1 or more")
+
+
+@dataclass(frozen=True)
 class ObjectiveOptions(Options):
     """Objective"""
 
@@ -208,20 +230,18 @@ class ObjectiveOptions(Options):
     beta: float = 0.05
     """Coefficient of KL(policy || reference), in reward per nat; 0 loads no reference."""
     kl_mode: KLMode = "to_go"
-    """Where the KL enters: to_go (sum of the log-ratios from a token on, in its return: the unbiased gradient), one_step
-    (the token's own log-ratio, as in the authors' code), loss (a term of the loss), none (no reference is loaded)."""
+    """Where the KL enters: to_go (in a token's return, the log-ratios from it on: the unbiased gradient), one_step (its
+    own log-ratio alone, as in the authors' code), loss (as a term of the loss), none (no reference is loaded)."""
     kl_estimator: KLEstimator = "exact"
     """With --kl_mode loss: exact over the vocabulary at each position, or k2 (half the squared log-ratio)."""
     gamma: float = 1.0
     """Discount of the reward difference, gamma^(T-t) at t = 0..T-1 of T tokens; the KL is not discounted."""
     loss_aggregation: Aggregation = "sequence"
-    """sequence: sum over tokens, mean over sequences (Algorithm 1). token: mean over all tokens of the batch (biased)."""
+    """sequence: sum over tokens, mean over sequences (Algorithm 1). token: mean over the batch's tokens (biased)."""
     reward_clip: float | None = None
     """Clip to [-c, c]; see --reward_clip_mode."""
     reward_clip_mode: ClipMode = "raw"
     """Clip each raw reward, before the baseline is subtracted, or the difference to the baseline (authors' code: 5)."""
-    reward_weights: list[float] = field(default_factory=list)
-    """Weights of the rewards, --reward_model first, then --reward_funcs in order; by default all 1."""
 
     def _check(self) -> None:
         self._require(self.num_generations > 0, "num_generations", "there is nothing to learn from", "1 or more")
@@ -265,14 +285,8 @@ class LoopOptions(Options):
 
     batch_size: int = 32
     """Prompts per step, over all processes."""
-    micro_batch_tokens: int = 16384
-    """Most tokens, padding included, in one forward-backward pass; changes memory and speed, not the result."""
-    reward_batch_size: int = 64
-    """Completions scored at once by a reward model."""
     eval_steps: int = 0
     """Steps between two evaluations on --eval_dataset; 0 for one before and one after training."""
-    num_eval_prompts: int = 256
-    """Prompts of --eval_dataset that are used, from its start."""
     save_best_model: bool = True
     """With --eval_dataset: keep the weights with the best evaluation in OUT/best_model."""
     metric_for_best_model: str = "eval/reward"
@@ -281,8 +295,7 @@ class LoopOptions(Options):
     """Write every completion with its rewards to completions.jsonl."""
 
     def _check(self) -> None:
-        for name in ("batch_size", "micro_batch_tokens", "reward_batch_size", "num_eval_prompts"):
-            self._require(getattr(self, name) > 0, name, "nothing would be processed", "1 or more")
+        self._require(self.batch_size > 0, "batch_size", "nothing would be processed", "1 or more")
         self._require(self.eval_steps >= 0, "eval_steps", "no interval is negative", "a number of steps, or 0")
 
 
@@ -292,6 +305,7 @@ class ReMaxConfig(
     DatasetOptions,
     PromptOptions,
     SamplingOptions,
+    ScoringOptions,
     ObjectiveOptions,
     LengthOptions,
     LoopOptions,
@@ -339,5 +353,114 @@ class RewardConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, O
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(DatasetOptions, PromptOptions, SamplingOptions):
+class EvaluateConfig(PromptOptions, SamplingOptions, ScoringOptions, PrecisionOptions):
     """Settings of `remax evaluate`."""
+
+    num_generations: int = 1
+    """Sampled completions per prompt."""
+    seed: int = 42
+    """Seed of the sampling noise."""
+    output_dir: str | None = None
+    """Folder for evaluation.json and completions.jsonl; by default the table is only printed."""
+
+
+@dataclass(frozen=True)
+class ChatConfig(SamplingOptions, PrecisionOptions):
+    """Settings of `remax chat`."""
+
+    temperature: float = 0.7
+    """Sampling temperature."""
+    system_prompt: str | None = None
+    """Put in front of the conversation."""
+    seed: int = 42
+    """Seed of the sampling."""
+
+
+@dataclass(frozen=True)
+class TrainInputs(Options):
+    """Models, rewards and data"""
+
+    model: str
+    """The policy to train: a folder or a hub name, usually the output of `remax sft`."""
+    train_dataset: str
+    """Prompts: a json, jsonl, parquet or csv file or a hub name, with a column `prompt` of texts or messages."""
+    reward_model: str | None = None
+    """A reward model with one label, usually the output of `remax reward`."""
+    reward_funcs: list[str] = field(default_factory=list)
+    """Reward functions as file.py:function; several may follow, or the flag may be repeated."""
+    eval_dataset: str | None = None
+    """Held-out prompts, for evaluations and the best model."""
+
+    def _check(self) -> None:
+        if not self.reward_model and not self.reward_funcs:
+            raise UserError(
+                "neither --reward_model nor --reward_funcs is set: there is nothing to maximise; set a model, or "
+                "file.py:function."
+            )
+
+
+@dataclass(frozen=True)
+class StageInputs(Options):
+    """Model and data"""
+
+    model: str
+    """The model to start from: a folder or a hub name."""
+    train_dataset: str
+    """For `sft`: texts (`text`), `prompt` and `completion`, or `messages`; for `reward`: `chosen` and `rejected`."""
+    eval_dataset: str | None = None
+    """Held-out data of the same form."""
+
+
+@dataclass(frozen=True)
+class EvaluateInputs(Options):
+    """Models, rewards and data"""
+
+    model: str
+    """The policy to evaluate: a folder or a hub name."""
+    eval_dataset: str
+    """Held-out prompts: a file or a hub name, with a column `prompt`."""
+    reward_model: str | None = None
+    """A reward model with one label."""
+    reward_funcs: list[str] = field(default_factory=list)
+    """Reward functions as file.py:function; several may follow, or the flag may be repeated."""
+    ref_model: str | None = None
+    """The model that KL is measured against, usually the policy before training; without it no KL is reported."""
+    perplexity_dataset: str | None = None
+    """Texts whose perplexity is reported: `text`, or `prompt` with `completion` or `chosen`; by default --eval_dataset
+    if it has such columns."""
+    eval_split: str = "test"
+    """Split of the datasets, when they have several."""
+
+
+@dataclass(frozen=True)
+class ChatInputs(Options):
+    """Model"""
+
+    model: str
+    """The model to talk to: a folder or a hub name."""
+
+
+@dataclass(frozen=True)
+class DemoConfig(Options):
+    """Demo"""
+
+    output_dir: str = "remax-demo"
+    """Folder for models, curves and samples; it must not hold a demo already."""
+    seed: int = 0
+    """Seed of everything: stories, weights, sampling, the annotators' noise."""
+    num_stories: int = 6000
+    """Stories of the corpus that the language model is trained on."""
+    sft_steps: int = 400
+    """Steps of supervised fine-tuning, of 64 stories each."""
+    num_pairs: int = 2000
+    """Pairs of the model's own samples that the hidden scorer labels."""
+    reward_steps: int = 200
+    """Steps of reward model training, of 32 pairs each."""
+    max_steps: int = 80
+    """ReMax steps, of 64 prompts each."""
+    num_eval_prompts: int = 256
+    """Held-out prompts for the figures before and after."""
+
+    def _check(self) -> None:
+        for name in ("num_stories", "sft_steps", "num_pairs", "reward_steps", "max_steps", "num_eval_prompts"):
+            self._require(getattr(self, name) > 0, name, "nothing would be trained or measured", "1 or more")

@@ -3,13 +3,16 @@
 Legend: B rows, L tokens of prompt and completion, N completion tokens of a micro-batch, H hidden size, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from remax.batching import Batch
 from remax.interfaces import Sampling
 
 
@@ -20,7 +23,7 @@ def warp_logits(logits: Tensor, sampling: Sampling, keep: Tensor | None = None) 
     whatever happens: scoring passes the token that was sampled, since a near-tie at the border of the nucleus may
     fall the other way in another batch.
     """
-    logits = logits.float() / sampling.temperature
+    logits = _upcast(logits) / sampling.temperature
     if not sampling.truncates:
         return logits
     removed = torch.zeros_like(logits, dtype=torch.bool)
@@ -37,3 +40,135 @@ def warp_logits(logits: Tensor, sampling: Sampling, keep: Tensor | None = None) 
     if keep is not None:
         removed = removed.scatter(-1, keep.unsqueeze(-1), False)
     return logits.masked_fill(removed, -torch.inf)
+
+
+class TokenStatistics(NamedTuple):
+    """What one forward pass tells of the completion tokens of a batch: [B, T] each, 0 outside the completions."""
+
+    logprobs: Tensor
+    """log pi(y_t | x, y_<t) under the distribution that is sampled, float32 or better, differentiable."""
+    entropies: Tensor
+    """Entropy of that distribution at each position, in nats, detached."""
+    kl: Tensor
+    """KL(pi || reference) at each position, exact over the vocabulary, differentiable; 0 without a reference."""
+
+
+class CompletionScorer(nn.Module):
+    """A causal language model as a function from completions to the log-probabilities of their tokens.
+
+    Hidden states are gathered at the completions before the language-model head, and the head runs over chunks that
+    the backward pass recomputes: no tensor has the size of all completion tokens times the vocabulary.
+    """
+
+    def __init__(self, model: Any, *, adapters: bool = True, chunk_elements: int = 2**24) -> None:
+        """adapters: False switches a PEFT model's adapters off. chunk_elements: most logits alive at once."""
+        super().__init__()
+        self.model = model
+        self.adapters = adapters
+        self.chunk_elements = chunk_elements
+        self.knows_head = _knows_head(_unwrapped(model))
+
+    def forward(self, batch: Batch, sampling: Sampling, reference: "CompletionScorer | None" = None) -> TokenStatistics:
+        """Returns the statistics of the batch's completions; given a reference, the exact KL to it too."""
+        states = self.states(batch)
+        targets = batch.targets
+        ref_states = targets if reference is None else reference.states(batch).detach()
+
+        def statistics(states: Tensor, targets: Tensor, ref_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = warp_logits(self.logits(states), sampling, keep=targets)
+            logprobs = logits.log_softmax(dim=-1)
+            token_logprobs = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            entropies = torch.special.entr(logprobs.detach().exp()).sum(-1)
+            if reference is None:
+                return token_logprobs, entropies, torch.zeros_like(entropies)
+            with torch.no_grad():
+                ref_logprobs = warp_logits(reference.logits(ref_states), untruncated(sampling)).log_softmax(dim=-1)
+            # Outside the policy's support the log-ratio is -inf and its probability 0: such tokens add nothing.
+            log_ratios = (logprobs - ref_logprobs).masked_fill(logprobs == -torch.inf, 0.0)
+            return token_logprobs, entropies, (logprobs.exp() * log_ratios).sum(-1)
+
+        columns = _in_chunks(statistics, (states, targets, ref_states), self._chunk_size())
+        return TokenStatistics(*map(batch.scatter, columns))
+
+    def states(self, batch: Batch) -> Tensor:
+        """Returns what the head needs to predict the N completion tokens: hidden states [N, H].
+
+        If the model's head is not a plain one, its logits [N, V] take the place of the hidden states.
+        """
+        with self._adapters():
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "use_cache": False}
+            if self.knows_head:
+                states = _unwrapped(self.model).base_model(**inputs).last_hidden_state
+            else:
+                states = self.model(**inputs).logits
+        selected: Tensor = states[:, :-1][batch.target_mask]
+        return selected
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Returns the next-token logits [n, V] of n of those states."""
+        if not self.knows_head:
+            return states
+        with self._adapters():
+            return _head(_unwrapped(self.model), states)
+
+    def _adapters(self) -> contextlib.AbstractContextManager[None]:
+        if self.adapters:
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[None] = self.model.disable_adapter()
+        return context
+
+    def _chunk_size(self) -> int:
+        return max(1, self.chunk_elements // int(_unwrapped(self.model).config.get_text_config().vocab_size))
+
+
+def untruncated(sampling: Sampling) -> Sampling:
+    """Returns the same temperature over all tokens: what the reference takes, so that no log-ratio is infinite."""
+    return replace(sampling, top_p=1.0, top_k=0)
+
+
+def _in_chunks(function: Callable[..., tuple[Tensor, ...]], columns: tuple[Tensor, ...], size: int) -> list[Tensor]:
+    """Applies a row-wise function to chunks of rows; with more than one chunk, the backward pass recomputes them."""
+    pieces = list(zip(*(torch.split(column, size) for column in columns), strict=True))
+    if len(pieces) == 1:
+        return list(function(*columns))
+    results = [checkpoint(function, *piece, use_reentrant=False) for piece in pieces]
+    return [torch.cat(column) for column in zip(*results, strict=True)]
+
+
+def _head(model: Any, states: Tensor) -> Tensor:
+    """Applies the language-model head with the scalings that model families put behind it."""
+    config = model.config.get_text_config()
+    logits: Tensor = model.get_output_embeddings()(states)
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / divisor
+    if softcap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits
+
+
+@torch.no_grad()
+def _knows_head(model: Any) -> bool:
+    """Whether `_head` gives the model's own logits; tried on four tokens, since a config cannot tell."""
+    if model.get_output_embeddings() is None:
+        return False
+    was_training = model.training
+    model.eval()
+    try:
+        device = model.get_input_embeddings().weight.device
+        input_ids = torch.arange(4, device=device).unsqueeze(0)
+        own = model(input_ids=input_ids, use_cache=False).logits
+        ours = _head(model, model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+        return own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-4, atol=1e-4)
+    finally:
+        model.train(was_training)
+
+
+def _unwrapped(model: Any) -> Any:
+    """Returns the transformers model inside a PEFT model; its layers carry the adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,1 @@
+"""Rollout engines: one file per engine, all behind interfaces.RolloutEngine."""

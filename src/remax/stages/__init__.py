@@ -1,0 +1,1 @@
+"""The supervised stages in front of the reinforcement learning: thin, over TRL's trainers."""

@@ -1,0 +1,7 @@
+"""`python -m remax`."""
+
+import sys
+
+from remax.cli import main
+
+sys.exit(main())

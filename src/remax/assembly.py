@@ -1,0 +1,327 @@
+"""Where implementations are chosen: from settings and names to the objects that the loop works with.
+
+Cheap checks come first: whatever can be wrong with datasets, tokenizers and reward functions is found before a model is
+loaded.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from remax import data, models
+from remax.config import (
+    EvaluateConfig,
+    EvaluateInputs,
+    ModelOptions,
+    PromptOptions,
+    ReMaxConfig,
+    SamplingOptions,
+    ScoringOptions,
+)
+from remax.errors import UserError
+from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
+from remax.logprobs import CompletionScorer
+from remax.rewards import CallableReward, RewardModel, resolve_weights, score
+from remax.rollout.embedded import EmbeddedEngine
+
+NEUTRAL_GENERATION = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+"""Settings of a checkpoint's generation_config that would change the distribution, and where they do not."""
+
+
+class Rewards(NamedTuple):
+    """The rewards of a rollout; S sampled rows, NaN where a reward is missing."""
+
+    sampled: Tensor
+    """[S] r(x, y)"""
+    baselines: Tensor
+    """[S] r(x, y*) of the row's prompt."""
+    sampled_by_function: dict[str, Tensor]
+    """Each function's own r(x, y), unweighted, [S]."""
+    greedy: Tensor
+    """[prompts] r(x, y*)"""
+
+
+@dataclass
+class Components:
+    """A policy, what it is compared with, and what draws and scores its completions."""
+
+    accelerator: Accelerator
+    policy: Any
+    reference: CompletionScorer | None
+    """None when no KL is needed."""
+    tokenizer: Any
+    engine: RolloutEngine
+    reward_functions: list[RewardFunction]
+    reward_weights: list[float]
+    sampling: Sampling
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    model_name: str
+
+    def roll_out(self, prompts: Sequence[Prompt], *, num_samples: int, seed: int, step: int) -> Rollout:
+        """Returns samples y ~ pi(.|x) and the greedy completion y* of every prompt, with their texts."""
+        with self.accelerator.autocast():
+            rollout = self.engine.generate(
+                prompts, self.sampling, num_samples=num_samples, greedy=True, seed=seed, step=step
+            )
+        data.decode_completions(self.tokenizer, _rows(rollout))
+        return rollout
+
+    def score(self, rollout: Rollout) -> Rewards:
+        """Returns the rewards of all samples and of their baselines, from one call of every reward function."""
+        scores = score(self.reward_functions, self.reward_weights, _rows(rollout))
+        num_samples = len(rollout.samples)
+        total = torch.tensor(scores.total)
+        sampled, greedy = total[:num_samples], total[num_samples:]
+        return Rewards(
+            sampled,
+            greedy.repeat_interleave(num_samples // len(rollout.greedy)),
+            {name: torch.tensor(values[:num_samples]) for name, values in scores.by_function.items()},
+            greedy,
+        )
+
+
+def _rows(rollout: Rollout) -> list[Completion]:
+    return [*rollout.samples, *rollout.greedy]
+
+
+def assemble(
+    args: ReMaxConfig,
+    *,
+    model: Any,
+    reward_funcs: Any,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    reward_processing_classes: Any = None,
+    peft_config: Any = None,
+    rollout_engine: Callable[[Any], RolloutEngine] | None = None,
+) -> Components:
+    """Returns what training needs; the arguments are those of ReMaxTrainer.
+
+    Raises:
+        UserError: something cannot be used.
+    """
+    rewards, weights, tokenizer, model_name = _checked(args, model, reward_funcs, processing_class)
+    prompts = load_prompts(train_dataset, args.dataset_split, tokenizer, args, flag="--train_dataset")
+    if len(prompts) < args.batch_size:
+        raise UserError(
+            f"--batch_size is {args.batch_size}: --train_dataset has only {len(prompts)} usable prompts, which do not "
+            f"fill one step; set --batch_size {len(prompts)} or less, or give more prompts."
+        )
+    eval_prompts = []
+    if eval_dataset is not None:
+        eval_prompts = load_prompts(eval_dataset, args.eval_split, tokenizer, args, flag="--eval_dataset")
+        eval_prompts = eval_prompts[: args.num_eval_prompts]
+
+    accelerator = make_accelerator(args.bf16, args.report_to, args.output_dir)
+    reward_functions = load_rewards(rewards, reward_processing_classes, args.reward_batch_size, accelerator.device)
+    policy = load_policy(model, args, peft_config).to(accelerator.device)
+    check_context(policy, [*prompts, *eval_prompts], args.max_completion_length)
+    engine = rollout_engine(policy) if rollout_engine else embedded_engine(policy, tokenizer, args)
+    return Components(
+        accelerator=accelerator,
+        policy=policy,
+        reference=load_reference(policy) if args.needs_reference else None,
+        tokenizer=tokenizer,
+        engine=engine,
+        reward_functions=reward_functions,
+        reward_weights=weights,
+        sampling=sampling_of(args, policy, tokenizer),
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        model_name=model_name,
+    )
+
+
+def assemble_evaluation(inputs: EvaluateInputs, reward_funcs: Any, args: EvaluateConfig) -> Components:
+    """Returns what `remax evaluate` needs: no training prompts, and inputs.ref_model as the reference of the KL.
+
+    Raises:
+        UserError: something cannot be used.
+    """
+    if inputs.ref_model is not None:
+        models.check_model_exists(inputs.ref_model, flag="--ref_model")
+    rewards, weights, tokenizer, model_name = _checked(args, inputs.model, reward_funcs, None)
+    prompts = load_prompts(inputs.eval_dataset, inputs.eval_split, tokenizer, args, flag="--eval_dataset")
+    prompts = prompts[: args.num_eval_prompts]
+    accelerator = make_accelerator(args.bf16)
+    reward_functions = load_rewards(rewards, None, args.reward_batch_size, accelerator.device)
+    options = ModelOptions(dtype=args.dtype, attn_implementation=args.attn_implementation)
+    policy = load_policy(inputs.model, options).to(accelerator.device)
+    check_context(policy, prompts, args.max_completion_length)
+    reference = None
+    if inputs.ref_model is not None:
+        ref_model = models.load_policy(inputs.ref_model, options, flag="--ref_model").to(accelerator.device).eval()
+        if ref_model.config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
+            raise UserError(
+                f"--ref_model is {inputs.ref_model}: its vocabulary is not that of --model {inputs.model}, so no KL "
+                "between them exists; set the model that training started from."
+            )
+        reference = CompletionScorer(ref_model)
+    return Components(
+        accelerator=accelerator,
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        engine=embedded_engine(policy, tokenizer, args),
+        reward_functions=reward_functions,
+        reward_weights=weights,
+        sampling=sampling_of(args, policy, tokenizer),
+        prompts=[],
+        eval_prompts=prompts,
+        model_name=model_name,
+    )
+
+
+def _checked(
+    args: ScoringOptions, model: Any, reward_funcs: Any, tokenizer: Any
+) -> tuple[list[Any], list[float], Any, str]:
+    """Returns rewards, their weights, the policy's tokenizer and its name, having checked all that is cheap."""
+    rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    weights = resolve_weights(args.reward_weights, len(rewards))
+    for reward in rewards:
+        if isinstance(reward, str):
+            models.check_model_exists(reward, flag="--reward_model")
+    if isinstance(model, str):
+        models.check_model_exists(model, flag="--model")
+    model_name = model if isinstance(model, str) else _name_of(model)
+    tokenizer = tokenizer or models.load_tokenizer(model_name, flag="--model")
+    data.check_tokenizer(tokenizer, flag="--model")
+    return rewards, weights, tokenizer, model_name
+
+
+def _name_of(model: Any) -> str:
+    return str(model.config._name_or_path)
+
+
+def embedded_engine(policy: Any, tokenizer: Any, args: SamplingOptions) -> RolloutEngine:
+    """Returns the engine that decodes with the policy itself."""
+    return EmbeddedEngine(policy, pad_token_id=tokenizer.pad_token_id, max_rows=args.rollout_batch_size)
+
+
+def make_accelerator(bf16: bool, report_to: Sequence[str] = (), output_dir: str | None = None) -> Accelerator:
+    """Returns the device, precision and trackers of a run.
+
+    Raises:
+        UserError: several processes were started.
+    """
+    trackers = [name for name in report_to if name != "none"]
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no", log_with=trackers or None, project_dir=output_dir
+    )
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"{accelerator.num_processes} processes were started: each would train alone and write over the others; "
+            "start one process."
+        )
+    return accelerator
+
+
+def load_prompts(source: Any, split: str, tokenizer: Any, args: PromptOptions, *, flag: str) -> list[Prompt]:
+    """Returns the tokenised prompts of a dataset, a file or a hub name; says how many were too long."""
+    if source is None:
+        raise UserError(f"{flag} is not set: there are no prompts; set a file, a hub name or a dataset.")
+    dataset = data.load_records(source, split, flag=flag) if isinstance(source, str) else source
+    data.check_columns(dataset, ["prompt"], flag=flag, purpose="the prompts to complete")
+    prompts, num_overlong = data.prepare_prompts(
+        dataset,
+        tokenizer,
+        max_prompt_length=args.max_prompt_length,
+        overlong=args.overlong_prompts,
+        system_prompt=args.system_prompt,
+        flag=flag,
+    )
+    if num_overlong:
+        done = "dropped" if args.overlong_prompts == "filter" else "cut"
+        print(f"{flag}: {num_overlong} prompts are longer than {args.max_prompt_length} tokens and were {done}.")
+    return prompts
+
+
+def load_rewards(
+    rewards: Sequence[Any], tokenizers: Any, batch_size: int, device: torch.device
+) -> list[RewardFunction]:
+    """Returns one RewardFunction per entry: a name or model becomes a RewardModel, a callable a CallableReward."""
+    tokenizers = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers] * len(rewards)
+    loaded: list[RewardFunction] = []
+    for reward, tokenizer in zip(rewards, tokenizers, strict=True):
+        if isinstance(reward, str | nn.Module):
+            name = reward if isinstance(reward, str) else _name_of(reward)
+            model = models.load_reward_model(reward, flag="--reward_model") if isinstance(reward, str) else reward
+            tokenizer = tokenizer or models.load_tokenizer(name, flag="--reward_model")
+            short = Path(name).parent.name if Path(name).name == "model" else Path(name).name
+            loaded.append(RewardModel(model.to(device), tokenizer, name=short or "reward_model", batch_size=batch_size))
+        elif isinstance(reward, CallableReward | RewardModel):
+            loaded.append(reward)
+        else:
+            loaded.append(CallableReward(reward))
+    return loaded
+
+
+def load_policy(model: Any, args: ModelOptions, peft_config: Any = None) -> Any:
+    """Returns the policy without dropout, in training mode only where gradient checkpointing needs that."""
+    policy = model
+    if isinstance(model, str):
+        base_options = replace(args, use_peft=False) if peft_config is not None else args
+        policy = models.load_policy(model, base_options, flag="--model")
+    elif args.use_peft and peft_config is None and not isinstance(model, PeftModel):
+        policy = models.add_adapter(model, args)
+    if peft_config is not None:
+        policy = get_peft_model(policy, peft_config)
+    models.disable_dropout(policy)
+    policy.train(args.gradient_checkpointing)
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy
+
+
+def load_reference(policy: Any) -> CompletionScorer:
+    """Returns the policy as it is now: with an adapter, itself with the adapter off; else a frozen copy."""
+    if isinstance(policy, PeftModel):
+        return CompletionScorer(policy, adapters=False)
+    return CompletionScorer(models.copy_as_reference(policy))
+
+
+def sampling_of(args: SamplingOptions, policy: Any, tokenizer: Any) -> Sampling:
+    """Returns the sampling settings: all from our config, only the EOS ids from the checkpoint's generation config."""
+    generation_config = policy.generation_config
+    ignored = [
+        f"{name}={getattr(generation_config, name)}"
+        for name, neutral in NEUTRAL_GENERATION.items()
+        if getattr(generation_config, name, None) not in (None, neutral)
+    ]
+    if ignored:
+        print(f"The checkpoint's generation_config is ignored ({', '.join(ignored)}); sampling follows the flags.")
+    return Sampling(
+        max_completion_length=args.max_completion_length,
+        eos_token_ids=data.eos_token_ids(generation_config, tokenizer),
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+    )
+
+
+def check_context(policy: Any, prompts: Sequence[Prompt], max_completion_length: int) -> None:
+    """Raises UserError if the longest prompt and completion do not fit in the model's context together."""
+    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if limit and longest + max_completion_length > limit:
+        raise UserError(
+            f"--max_completion_length is {max_completion_length}: with the longest prompt of {longest} tokens that is "
+            f"more than the model's context of {limit}; set --max_completion_length {limit - longest} or less, or a "
+            "smaller --max_prompt_length."
+        )

@@ -1,0 +1,118 @@
+"""What every command does, as a function of its settings; heavy imports happen inside, so help and errors are quick."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from remax import config
+from remax.config import Options
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the command line."""
+
+    summary: str
+    example: str
+    settings: tuple[type[Options], ...]
+    run: Callable[..., None]
+    """Called with one instance of every settings class."""
+
+
+def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig) -> None:
+    """`remax train`"""
+    from remax.recording import RunFolder
+    from remax.rewards.functions import load_reward_function
+
+    RunFolder(args.output_dir)  # A folder that is taken is found before the imports that take seconds.
+    rewards: list[Any] = [inputs.reward_model] if inputs.reward_model else []
+    rewards += [load_reward_function(spec) for spec in inputs.reward_funcs]
+
+    from remax.trainer import ReMaxTrainer
+
+    trainer = ReMaxTrainer(
+        inputs.model,
+        rewards,
+        args,
+        train_dataset=inputs.train_dataset,
+        eval_dataset=inputs.eval_dataset,
+        run_config={**dataclasses.asdict(inputs), **dataclasses.asdict(args)},
+    )
+    trainer.train()
+    print(f"The trained model is in {trainer.folder.model}.")
+
+
+def run_sft(inputs: config.StageInputs, args: config.SFTConfig) -> None:
+    """`remax sft`"""
+    from remax.stages.sft import run_sft
+
+    run_sft(args, inputs.model, inputs.train_dataset, inputs.eval_dataset)
+
+
+def run_reward(inputs: config.StageInputs, args: config.RewardConfig) -> None:
+    """`remax reward`"""
+    from remax.stages.reward import run_reward
+
+    run_reward(args, inputs.model, inputs.train_dataset, inputs.eval_dataset)
+
+
+def run_evaluate(inputs: config.EvaluateInputs, args: config.EvaluateConfig) -> None:
+    """`remax evaluate`"""
+    from remax.evaluation_report import evaluate_command
+
+    evaluate_command(inputs, args)
+
+
+def run_chat(inputs: config.ChatInputs, args: config.ChatConfig) -> None:
+    """`remax chat`"""
+    from remax.chat import chat
+
+    chat(inputs.model, args)
+
+
+def run_demo(args: config.DemoConfig) -> None:
+    """`remax demo`"""
+    from remax.demo.pipeline import run_demo
+
+    run_demo(args)
+
+
+COMMANDS = {
+    "sft": Command(
+        "Fine-tune a language model on texts or prompts with completions.",
+        "--model M --train_dataset FILE --output_dir OUT [settings]",
+        (config.StageInputs, config.SFTConfig),
+        run_sft,
+    ),
+    "reward": Command(
+        "Train a reward model on pairs of a chosen and a rejected text.",
+        "--model M --train_dataset FILE --eval_dataset FILE --output_dir OUT [settings]",
+        (config.StageInputs, config.RewardConfig),
+        run_reward,
+    ),
+    "train": Command(
+        "Train a policy with ReMax against a reward model or reward functions.",
+        "--model M --reward_model R --train_dataset FILE --output_dir OUT [settings]",
+        (config.TrainInputs, config.ReMaxConfig),
+        run_train,
+    ),
+    "evaluate": Command(
+        "Measure reward, KL, length and perplexity of a policy on held-out prompts.",
+        "--model M --reward_model R --eval_dataset FILE [settings]",
+        (config.EvaluateInputs, config.EvaluateConfig),
+        run_evaluate,
+    ),
+    "chat": Command(
+        "Talk to a checkpoint in the terminal.",
+        "--model M [settings]",
+        (config.ChatInputs, config.ChatConfig),
+        run_chat,
+    ),
+    "demo": Command(
+        "Run the whole pipeline on a small world of stories, offline, in about two minutes.",
+        "[settings]",
+        (config.DemoConfig,),
+        run_demo,
+    ),
+}

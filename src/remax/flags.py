@@ -1,0 +1,166 @@
+"""From flags and YAML to settings, on jsonargparse; what it says of mistakes becomes one sentence of ours."""
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from remax.config import Options, nearest
+from remax.errors import UserError
+
+OWN_FLAGS = ("config", "print_config", "help")
+
+
+def parse(
+    prog: str, summary: str, settings: Sequence[type[Options]], arguments: Sequence[str], *, example: str
+) -> list[Any] | None:
+    """Returns one instance of every settings class; None if only the help or the configuration was printed.
+
+    Flags override the YAML file of --config, which overrides defaults. A list takes several values after its flag, or
+    the flag several times; a switch needs no value.
+
+    Raises:
+        UserError: an unknown flag or setting, a missing or unreadable value, a setting that cannot be.
+    """
+    import docstring_parser
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=prog, usage=f"{prog} {example}", description=summary, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any settings of this command; flags win.")
+    hints: dict[str, Any] = {}
+    for cls in settings:
+        cls_hints = get_type_hints(cls)
+        for group, group_fields in _grouped(cls).items():
+            section = parser.add_argument_group(group.__doc__)
+            docs = {p.arg_name: p.description for p in docstring_parser.parse_from_object(group).params}
+            for field in group_fields:
+                hints[field.name] = cls_hints[field.name]
+                section.add_argument(
+                    f"--{field.name}", type=hints[field.name], help=docs[field.name], **_default_or_required(field)
+                )
+    try:
+        namespace = parser.parse_args(_normalised(prog, arguments, hints))
+    except ArgumentError as error:
+        raise UserError(_one_sentence(str(error), hints)) from None
+    except SystemExit:
+        return None
+    values = namespace.as_dict()
+    return [cls(**{field.name: values[field.name] for field in fields(cls)}) for cls in settings]  # type: ignore[arg-type]
+
+
+def _grouped(cls: type[Options]) -> "dict[type, list[Field[Any]]]":
+    """Returns the fields by the group that introduces them: a class that only changes a default is no group."""
+    groups: dict[type, list[Field[Any]]] = {group: [] for group in cls.__mro__}
+    for field in fields(cls):  # type: ignore[arg-type]
+        owners = [group for group in cls.__mro__ if field.name in vars(group).get("__annotations__", {})]
+        groups[owners[-1]].append(field)
+    return {group: group_fields for group, group_fields in groups.items() if group_fields}
+
+
+def _default_or_required(field: "Field[Any]") -> dict[str, Any]:
+    if field.default is not MISSING:
+        return {"default": field.default}
+    if field.default_factory is not MISSING:
+        return {"default": field.default_factory()}
+    return {"required": True}
+
+
+def _normalised(prog: str, arguments: Sequence[str], hints: dict[str, Any]) -> list[str]:
+    """Returns the arguments as --name=value, every list gathered into one; checks that the flags exist."""
+    result: list[str] = []
+    lists: dict[str, list[str]] = {}
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if token in ("-h", "--help"):
+            return ["--help"]
+        if not token.startswith("--"):
+            raise UserError(f"{token} is no flag: it would be ignored; put it behind the flag that it belongs to.")
+        name, equals, value = token[2:].partition("=")
+        if name.replace("-", "_") not in (*hints, *OWN_FLAGS):
+            raise UserError(f"{prog} has no flag --{name}: nothing was run; {nearest(name, list(hints))}.")
+        name = name.replace("-", "_")
+        following = []
+        while not equals and rest and not rest[0].startswith("--"):
+            following.append(rest.pop(0))
+            if get_origin(hints.get(name)) is not list:
+                break
+        given = [value] if equals else following
+        if name == "print_config":
+            result.append(token)
+        elif get_origin(hints.get(name)) is list:
+            if len(given) == 1 and given[0].startswith("["):
+                given = [str(item) for item in yaml.safe_load(given[0])]
+            lists.setdefault(name, []).extend(given)
+        elif given or hints[name] is bool:
+            if name == "config":
+                _check_yaml(prog, given[0], hints)
+            result.append(f"--{name}={given[0] if given else 'true'}")
+        else:
+            raise UserError(f"--{name} has no value: nothing was run; set {_description(hints.get(name))}.")
+    return result + [f"--{name}={json.dumps(_typed(items, hints[name]))}" for name, items in lists.items()]
+
+
+def _typed(items: list[str], hint: Any) -> list[Any]:
+    if get_args(hint) == (float,):
+        return [yaml.safe_load(item) for item in items]
+    return list(items)
+
+
+def _check_yaml(prog: str, path: str, hints: dict[str, Any]) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"--config is {path}: there is no such file; set the path of a YAML file.")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config is {path}: it is not valid YAML{where}; correct it, or set another file.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config is {path}: it holds no settings; write them as `name: value`, one a line.")
+    for name in content:
+        if name not in hints:
+            advice = nearest(str(name), list(hints))
+            raise UserError(
+                f"--config {path} sets {name}: {prog} has no such setting and it would be ignored; {advice}."
+            )
+
+
+def _one_sentence(message: str, hints: dict[str, Any]) -> str:
+    """Returns our sentence for a message of jsonargparse."""
+    missing = re.search(r"arguments are required: (.*)", message)
+    if missing:
+        flags = " and ".join(f"--{name.strip()}" for name in missing.group(1).split(","))
+        return f"{flags} must be set: the command cannot start without; see --help."
+    wrong = re.search(r'Parser key "([^"]+)".*Got value: (.*)', message, re.DOTALL)
+    if wrong:
+        name, value = wrong.group(1).split(".")[0], wrong.group(2).strip()
+        return f"--{name} is {value}: that is not {_description(hints[name])}; {_advice(value, hints[name])}."
+    return " ".join(message.split())
+
+
+def _description(hint: Any) -> str:
+    """Returns what a type accepts, in words."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_description(part) for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is list:
+        return f"a list of {_description(get_args(hint)[0]).removeprefix('a ')}s"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "a value")
+
+
+def _advice(value: str, hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        close = difflib.get_close_matches(value, [str(choice) for choice in get_args(hint)], n=1)
+        if close:
+            return f"did you mean {close[0]}"
+    return "see --help"

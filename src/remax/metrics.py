@@ -1,0 +1,150 @@
+"""What is recorded of a training step, under TRL's names where it has them."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from remax.assembly import Rewards
+from remax.interfaces import Completion, Rollout
+
+
+class BatchLoss(NamedTuple):
+    """The loss of a micro-batch of B rows and what it shows of them."""
+
+    loss: Tensor
+    """Scalar, already divided by the global denominator."""
+    kl: Tensor
+    """[B] log pi(y) - log pi_ref(y) of the whole completion; NaN without a reference."""
+    entropy: Tensor
+    """[B] mean over the row's tokens."""
+    no_signal: Tensor
+    """[B] True where no token gets a gradient."""
+    logprobs: Tensor
+    """[B, T] log-probabilities of the tokens, detached."""
+
+
+@dataclass
+class StepRecord:
+    """One step's samples and what became of them. S sampled rows, in the order of rollout.samples."""
+
+    rollout: Rollout
+    rewards: Rewards
+    advantages: Tensor
+    """[S] reward minus baseline, clipped if asked for."""
+    kl: Tensor = field(init=False)
+    """[S] log pi(y) - log pi_ref(y) of the whole completion, in nats; NaN without a reference."""
+    entropy: Tensor = field(init=False)
+    """[S] mean entropy per token, in nats."""
+    no_signal: Tensor = field(init=False)
+    """[S] True where no token gets a gradient."""
+    logprob_difference: Tensor = field(init=False)
+    """[S] largest difference between a token's log-probability in training and in the rollout, in nats."""
+
+    loss: float = 0.0
+    """The loss of the whole batch; its gradient is the point, its value says little."""
+    grad_norm: float = 0.0
+    """Norm of the gradient before clipping."""
+    learning_rate: float = 0.0
+    """Of this step."""
+
+    def __post_init__(self) -> None:
+        self.kl, self.entropy, self.logprob_difference = torch.full((3, len(self.advantages)), torch.nan).unbind()
+        self.no_signal = torch.ones(len(self.advantages), dtype=torch.bool)
+
+    def add(self, rows: list[int], result: BatchLoss) -> None:
+        """Takes what a micro-batch of these rows showed."""
+        self.loss += result.loss.item()
+        self.kl[rows] = result.kl.float().cpu()
+        self.entropy[rows] = result.entropy.float().cpu()
+        self.no_signal[rows] = result.no_signal.cpu()
+        for row, logprobs in zip(rows, result.logprobs.float().cpu(), strict=True):
+            drawn = torch.tensor(self.rollout.samples[row].logprobs)
+            self.logprob_difference[row] = (logprobs[: len(drawn)] - drawn).abs().max()
+
+    @property
+    def trained(self) -> Tensor:
+        """[S] True where sample and baseline have a reward: the others are left out of the loss."""
+        return self.rewards.sampled.isfinite() & self.rewards.baselines.isfinite()
+
+
+def step_metrics(record: StepRecord) -> dict[str, float]:
+    """Returns the step's metrics: rewards over the samples that were trained on, lengths over all.
+
+    reward/gap is the mean of reward minus greedy reward, kl is in nats per sequence, entropy in nats per token.
+    """
+    metrics: dict[str, float | Tensor] = {
+        "loss": record.loss,
+        "grad_norm": record.grad_norm,
+        "learning_rate": record.learning_rate,
+    }
+    metrics |= _reward_metrics(record)
+    if record.trained.any():
+        metrics |= _policy_metrics(record)
+    lengths = _lengths(record.rollout.samples)
+    metrics |= {
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": torch.tensor([float(c.truncated) for c in record.rollout.samples]).mean(),
+        "completions/greedy_mean_length": _lengths(record.rollout.greedy).mean(),
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _reward_metrics(record: StepRecord) -> dict[str, Tensor]:
+    rewards, baselines = record.rewards.sampled[record.trained], record.rewards.baselines[record.trained]
+    metrics = {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(correction=0),
+        "reward/greedy": baselines.mean(),
+        "reward/gap": (rewards - baselines).mean(),
+        "reward/missing_fraction": 1 - record.trained.float().mean(),
+    }
+    for name, values in record.rewards.sampled_by_function.items():
+        present = values[values.isfinite()]
+        metrics |= {f"rewards/{name}/mean": present.mean(), f"rewards/{name}/std": present.std(correction=0)}
+    return metrics
+
+
+def _policy_metrics(record: StepRecord) -> dict[str, Tensor]:
+    trained = record.trained
+    lengths = _lengths(record.rollout.samples)[trained]
+    metrics = {
+        "entropy": (record.entropy[trained] * lengths).sum() / lengths.sum(),
+        "gradient/zero_signal_fraction": record.no_signal[trained].float().mean(),
+        "sampling/logprob_difference_max": record.logprob_difference[trained].max(),
+    }
+    if record.kl[trained].isfinite().any():
+        metrics["kl"] = record.kl[trained].mean()
+    return metrics
+
+
+def _lengths(completions: list[Completion]) -> Tensor:
+    return torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float32)
+
+
+def completion_records(record: StepRecord, step: int) -> list[dict[str, Any]]:
+    """Returns one record per sample for completions.jsonl: texts sampled and greedy, rewards, advantage."""
+    per_prompt = len(record.rollout.samples) // len(record.rollout.greedy)
+    records = []
+    for row, sample in enumerate(record.rollout.samples):
+        greedy = record.rollout.greedy[row // per_prompt]
+        records.append(
+            {
+                "step": step,
+                "prompt_index": sample.prompt.index,
+                "sample_index": sample.sample_index,
+                "prompt": sample.prompt.content,
+                "completion": sample.text,
+                "greedy_completion": greedy.text,
+                "reward": record.rewards.sampled[row].item(),
+                "greedy_reward": record.rewards.baselines[row].item(),
+                "advantage": record.advantages[row].item(),
+                "rewards": {name: values[row].item() for name, values in record.rewards.sampled_by_function.items()},
+                "length": len(sample.token_ids),
+                "truncated": sample.truncated,
+            }
+        )
+    return records

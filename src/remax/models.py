@@ -1,0 +1,371 @@
+"""Models: loading policies and reward models, adapters, the reference, dropout, and saving.
+
+A user's mistake shows before any weights are read wherever the files tell it.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from remax.config import ModelOptions
+from remax.errors import UserError
+
+T = TypeVar("T")
+ADAPTER_CONFIG = "adapter_config.json"
+PAD_TOKEN = "<|pad|>"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers (progress bars, reports on new heads): what matters there is an error of ours."""
+    logging = transformers.utils.logging
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def short_reason(error: Exception) -> str:
+    """Returns the first line of an error's message, short enough for a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".: ")
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def check_model_exists(name_or_path: str, *, flag: str) -> None:
+    """Raises UserError if a model cannot be there, without reading it: the cheap check before anything else.
+
+    A folder must hold a model or an adapter, and what can only be a path must exist. Whether a name exists on the
+    Hugging Face hub shows when it is loaded.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not any((path / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
+            inside = path / "model"
+            advice = str(inside) if (inside / "config.json").exists() else "a folder in Hugging Face format"
+            raise UserError(f"{flag} is {name_or_path}: that folder holds no model (no config.json); set {advice}.")
+    elif path.exists():
+        raise UserError(f"{flag} is {name_or_path}: that is a file; set the folder that holds the model.")
+    elif not name_or_path.strip():
+        raise UserError(f"{flag} is empty: there is no model to load; set a folder or a hub name (owner/name).")
+    elif name_or_path.startswith((".", "/", "~")) or name_or_path.endswith("/") or name_or_path.count("/") > 1:
+        raise UserError(f"{flag} is {name_or_path}: there is no such folder; set the path of a model.")
+
+
+def load_tokenizer(name_or_path: str, *, flag: str) -> Any:
+    """Returns the tokenizer beside a model; an adapter's folder without one gives that of its base.
+
+    Raises:
+        UserError: there is none that can be loaded.
+    """
+    if _is_adapter(name_or_path) and not (Path(name_or_path) / "tokenizer_config.json").exists():
+        name_or_path = _adapter_base(name_or_path, flag)
+    return _load("tokenizer", name_or_path, flag, lambda: AutoTokenizer.from_pretrained(name_or_path, **_SAFE))
+
+
+def load_policy(name_or_path: str, config: ModelOptions, *, flag: str) -> Any:
+    """Returns a causal language model as config wants it: a PreTrainedModel, or a PeftModel with a new LoRA adapter.
+
+    A folder with an adapter gives its base model with the adapter merged, also under config.use_peft: the reference,
+    which is the model with the new adapter off, is then the policy as it was given. New adapters draw from torch's
+    global generator.
+
+    Raises:
+        UserError: it cannot be loaded, is a reward model, or lacks weights that would be random.
+    """
+    base = _adapter_base(name_or_path, flag) if _is_adapter(name_or_path) else name_or_path
+    architectures = _load_config(base, flag).architectures or []
+    if any("ForSequenceClassification" in name for name in architectures):
+        raise UserError(
+            f"{flag} is {name_or_path}: that is a reward model ({architectures[0]}), which cannot write; "
+            "set a language model."
+        )
+    kwargs = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    model = _load_weights(AutoModelForCausalLM, base, flag, **kwargs)
+    if base != name_or_path:
+        adapted = _load("adapter", name_or_path, flag, lambda: PeftModel.from_pretrained(model, name_or_path))
+        model = adapted.merge_and_unload()
+    return add_adapter(model, config) if config.use_peft else model
+
+
+def load_reward_model(name_or_path: str, *, flag: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Returns a trained sequence classification model with one label, in evaluation mode and frozen.
+
+    Raises:
+        UserError: it cannot be loaded, has not one label or no trained head; told before its weights are read.
+    """
+    refuse_adapter(name_or_path, flag=flag)
+    config = _load_config(name_or_path, flag)
+    architecture = (config.architectures or ["unknown architecture"])[0]
+    advice = "train one with `remax reward` and set its folder"
+    if "ForSequenceClassification" not in architecture:
+        raise UserError(
+            f"{flag} is {name_or_path}: a plain language model ({architecture}, num_labels {config.num_labels}) has no "
+            f"reward head, so every reward would be random; {advice}."
+        )
+    if config.num_labels != 1:
+        raise UserError(
+            f"{flag} is {name_or_path}: it has {config.num_labels} labels ({architecture}), and a reward model has "
+            f"one; {advice}."
+        )
+    model = _load_weights(AutoModelForSequenceClassification, name_or_path, flag, dtype=dtype)
+    return model.requires_grad_(False).eval()
+
+
+def new_reward_model(name_or_path: str, config: ModelOptions, tokenizer: Any, *, seed: int, flag: str) -> Any:
+    """Returns a sequence classification model with one label to train, without dropout but LoRA's.
+
+    Its head is drawn from the seed, unless the checkpoint is a reward model already. See `give_own_pad_token` for
+    what happens to the tokenizer. A LoRA adapter trains the head in full.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    refuse_adapter(name_or_path, flag=flag)
+    _load_config(name_or_path, flag)
+    kwargs = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+
+    def load() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, **kwargs, **_SAFE)
+
+    model = _load("model", name_or_path, flag, load)
+    give_own_pad_token(model, tokenizer)
+    disable_dropout(model)
+    return add_adapter(model, config) if config.use_peft else model
+
+
+def give_own_pad_token(model: Any, tokenizer: Any) -> None:
+    """Gives tokenizer and model, in place, a pad token that is neither EOS nor BOS.
+
+    A sequence classification model reads its scalar at the last token that differs from the pad token. If that were
+    EOS, the score would be read before it: a finished completion and one that was cut would get the same reward.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            with quiet():
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def refuse_adapter(name_or_path: str, *, flag: str) -> None:
+    """Raises UserError if the folder holds a bare adapter, which has no place for a reward head."""
+    if _is_adapter(name_or_path) and not (Path(name_or_path) / "config.json").exists():
+        raise UserError(
+            f"{flag} is {name_or_path}: that is an adapter without its model; merge it into its base model and set "
+            "the folder with the result."
+        )
+
+
+_SAFE = {"trust_remote_code": False}
+"""Said explicitly, since transformers would ask on the terminal, in the middle of a script."""
+
+
+def _load(what: str, name_or_path: str, flag: str, load: Callable[[], T]) -> T:
+    try:
+        with quiet():
+            return load()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{flag} is {name_or_path}: its {what} could not be loaded ({short_reason(error)}); set a folder in "
+            "Hugging Face format or the name of a model on the hub."
+        ) from error
+
+
+def _load_config(name_or_path: str, flag: str) -> Any:
+    return _load("config.json", name_or_path, flag, lambda: AutoConfig.from_pretrained(name_or_path, **_SAFE))
+
+
+def _load_weights(auto_class: Any, name_or_path: str, flag: str, **kwargs: Any) -> Any:
+    """Returns the model, having made sure that the checkpoint has all of its weights."""
+    model, info = _load(
+        "model",
+        name_or_path,
+        flag,
+        lambda: auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs, **_SAFE),
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{flag} is {name_or_path}: it lacks weights of a {type(model).__name__} ({missing[0]}, {len(missing)} in "
+            "all), which would be random; set a complete model."
+        )
+    return model
+
+
+def _is_adapter(name_or_path: str) -> bool:
+    return (Path(name_or_path) / ADAPTER_CONFIG).is_file()
+
+
+def _adapter_base(name_or_path: str, flag: str) -> str:
+    config = _load("adapter", name_or_path, flag, lambda: PeftConfig.from_pretrained(name_or_path))
+    return str(config.base_model_name_or_path)
+
+
+# Changing -------------------------------------------------------------------------------------------------------------
+
+
+def add_adapter(model: Any, config: ModelOptions) -> Any:
+    """Returns the model with a new LoRA adapter, whose effect is zero at first; everything else is frozen.
+
+    Raises:
+        UserError: --lora_target_modules names no module, or the output embedding.
+    """
+    classifier = "ForSequenceClassification" in type(model).__name__
+    lora = LoraConfig(
+        task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or "all-linear",
+    )
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(
+            f"--lora_target_modules is {config.lora_target_modules}: no adapter can be added ({short_reason(error)}); "
+            "set names of linear layers, or leave it out for all of them."
+        ) from error
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            f"--lora_target_modules is {config.lora_target_modules}: log-probabilities are computed from the weight of "
+            "the output embedding, so an adapter there would not be trained; leave that layer out."
+        )
+    return adapted
+
+
+def copy_as_reference(policy: nn.Module) -> Any:
+    """Returns a frozen copy of the policy as it is now, in evaluation mode: pi_ref of the KL (section 2.1)."""
+    reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    reference.zero_grad(set_to_none=True)
+    return reference
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns all dropout off in place, so that train mode, which gradient checkpointing needs, equals eval mode.
+
+    The model's config stays as it is, since it is saved with the model.
+    """
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+        # Some architectures (Falcon, GPT-J) read the probability from the config in each forward pass.
+        config = vars(module).get("config")
+        if hasattr(config, "to_dict") and not isinstance(module, PreTrainedModel):
+            module.config = configs.setdefault(id(config), _without_dropout(config))
+
+
+def _without_dropout(config: Any) -> Any:
+    changed = {name: 0.0 for name, value in vars(config).items() if isinstance(value, float) and "drop" in name}
+    if not any(vars(config)[name] for name in changed):
+        return config
+    config = copy.copy(config)
+    vars(config).update(changed)
+    return config
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path | str, *, eos_token_ids: Sequence[int] = ()) -> None:
+    """Writes a model and its tokenizer in Hugging Face format; a former one in the folder is replaced at the end.
+
+    `from_pretrained` reads the folder without peft: adapters are merged into the weights that are written, and are
+    themselves in folder/adapter. The model in memory is not touched. eos_token_ids: what ends a completion, for the
+    generation config of a language model.
+    """
+    folder = Path(folder)
+    partial, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with quiet():
+            _whole_copy(model, tokenizer, eos_token_ids).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            if isinstance(model, PeftModel):
+                model.save_pretrained(str(partial / "adapter"), save_embedding_layers=False)
+        if folder.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            folder.rename(former)
+        partial.rename(folder)
+        shutil.rmtree(former, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _whole_copy(model: Any, tokenizer: Any, eos_token_ids: Sequence[int]) -> Any:
+    """Returns a model to be saved: a shell without adapters or patches around the same or the merged tensors."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.device("meta"):
+        shell = type(base)(copy.deepcopy(base.config))
+    shell.load_state_dict(merged_state_dict(base), assign=True)
+    shell.tie_weights()
+    if shell.can_generate():
+        shell.generation_config = _generation_config(base.generation_config, tokenizer, eos_token_ids)
+    return shell
+
+
+def merged_state_dict(base: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights of a model as if the active adapters in it were merged, under the names they have without.
+
+    Layer by layer on copies: merging in place and back again would leave rounding errors in the model.
+    """
+    wrappers = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
+    prefixes = tuple(f"{name}." for name in wrappers)
+    state = {name: tensor for name, tensor in base.state_dict().items() if not name.startswith(prefixes)}
+    for name, wrapper in wrappers.items():
+        if isinstance(wrapper, BaseTunerLayer):
+            merged = copy.deepcopy(wrapper)
+            merged.merge()
+            layer = merged.get_base_layer()
+        else:
+            layer = wrapper.modules_to_save[wrapper.active_adapter]
+        # On the CPU, where there is room for a second set of weights.
+        state.update({f"{name}.{key}": tensor.cpu() for key, tensor in layer.state_dict().items()})
+    return state
+
+
+def _generation_config(current: Any, tokenizer: Any, eos_token_ids: Sequence[int]) -> Any:
+    ids = list(eos_token_ids)
+    named = {"eos_token_id": ids[0] if len(ids) == 1 else ids} if ids else {}
+    named |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    config = copy.deepcopy(current)
+    config.update(**named)
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        # Published checkpoints have contradictory sampling settings, with which a changed config cannot be saved.
+        config = GenerationConfig(**named)
+    return config

@@ -1,0 +1,92 @@
+"""What a run leaves behind: its folder, its metrics line by line, its completions, its model card."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from remax.errors import UserError
+
+
+class RunFolder:
+    """The output directory of one run."""
+
+    def __init__(self, output_dir: str) -> None:
+        """Checks that the folder can take a run; creates nothing yet.
+
+        Raises:
+            UserError: there is a file at that path, or the folder holds a run already.
+        """
+        self.path = Path(output_dir)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--output_dir is {output_dir}: that is a file; set the path of a new folder.")
+        held = next((name for name in ("metrics.jsonl", "config.yaml", "model") if (self.path / name).exists()), None)
+        if held is not None:
+            raise UserError(
+                f"--output_dir is {output_dir}: it already holds a run ({held}), which would be overwritten; "
+                "set a new folder, or delete that one."
+            )
+        self._created = not self.path.exists()
+
+    @property
+    def model(self) -> Path:
+        """Where the final model goes, in Hugging Face format."""
+        return self.path / "model"
+
+    @property
+    def best_model(self) -> Path:
+        """Where the weights with the best evaluation go."""
+        return self.path / "best_model"
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Creates the folder, if it is not there, and writes config.yaml, which `--config` reads back."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def discard(self) -> None:
+        """Takes back what `create` made: a run that fails on a user's mistake leaves nothing half-written."""
+        if self._created:
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            for name in ("config.yaml", "metrics.jsonl", "completions.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+
+    def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Appends one JSON object a line; numbers that are not finite become null, which every JSON reader takes."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_model_card(self, folder: Path, *, base_model: str, title: str, lines: Iterable[str]) -> None:
+        """Writes the README.md that the Hugging Face hub shows for a model."""
+        front = {"library_name": "transformers", "tags": ["remax"], "pipeline_tag": "text-generation"}
+        if not Path(base_model).exists() and "/" in base_model:
+            front["base_model"] = base_model
+        versions = ", ".join(f"{name} {version(name)}" for name in ("remax-rlhf", "transformers", "torch", "trl"))
+        body = [
+            "---",
+            yaml.safe_dump(front).strip(),
+            "---",
+            f"# {title}",
+            "",
+            *lines,
+            "",
+            f"Made with {versions}. The exact settings are in `config.yaml` of the run.",
+            "",
+        ]
+        (folder / "README.md").write_text("\n".join(body), encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

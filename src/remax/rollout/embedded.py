@@ -1,0 +1,205 @@
+"""The rollout engine that needs nothing but the model: it decodes through transformers' key-value cache.
+
+Legend: P prompts of a group, R rows (one per completion) of the group, N <= R rows that are still decoded, n tokens
+read at once, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from remax.errors import UserError
+from remax.interfaces import Completion, Prompt, Rollout, Sampling
+from remax.logprobs import warp_logits
+from remax.rollout.noise import uniforms
+
+_SELECTABLE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer"}
+"""transformers' cache layers that select rows completely: others lack the method, or inherit it and forget a state."""
+
+
+class EmbeddedEngine:
+    """Draws completions with a transformers causal language model, which may carry a LoRA adapter.
+
+    Sampled and greedy rows are decoded together; a prompt is prefilled once for all its rows; finished rows leave the
+    batch. The checkpoint's generation_config plays no part.
+    """
+
+    def __init__(self, model: Any, *, pad_token_id: int, max_rows: int = 0) -> None:
+        """The model is used with the weights it has at each call, without dropout, and left in the mode it was in.
+
+        pad_token_id fills up shorter prompts on the left and may be any token, EOS too. max_rows bounds the rows
+        decoded at once (0: no bound) and does not change the completions. The rows of a prompt stay together: if they
+        are more than max_rows, prompts are decoded one at a time with all their rows.
+
+        Raises UserError if a prompt's prefill cannot be shared by its rows (recurrent state, encoder-decoder), and for
+        PEFT adapters that put virtual tokens in front.
+        """
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = model
+        self._config = base.config
+        self._accepted = set(inspect.signature(base.forward).parameters)
+        self._pad_token_id = pad_token_id
+        self._max_rows = max_rows
+        if (
+            self._config.is_encoder_decoder
+            or "past_key_values" not in self._accepted
+            or not self._cache_is_selectable()
+        ):
+            raise UserError(
+                f"--model is {self._config.name_or_path or type(base).__name__}, of type {self._config.model_type}: it "
+                "keeps other state than the keys and values of a decoder, so a prompt's completions cannot share its "
+                "prefill; set a causal attention model, such as one of type llama, qwen3 or gemma2."
+            )
+        adapter = getattr(model, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
+            raise UserError(
+                f"--model carries a {type(adapter).__name__} adapter: its virtual tokens would come again in front of "
+                "every decoded token; set a LoRA adapter."
+            )
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, num_samples: int, greedy: bool, seed: int, step: int
+    ) -> Rollout:
+        """Returns num_samples sampled and, if asked, one greedy completion of every prompt, in order.
+
+        They are y ~ pi(.|x) and the baseline's y* of Li et al., arXiv 2310.10505, Algorithm 1. A sampled token is the
+        inverse of the cumulative distribution at a uniform keyed by (seed, step, prompt.index, sample index,
+        position): nothing else in the batch changes it, up to near-ties in floating point. A greedy token is the
+        argmax of the logits.
+        """
+        sample_indices = range(-1 if greedy else 0, num_samples)
+        assert len(sample_indices) > 0, "neither sampled nor greedy completions were asked for"
+        requests = [[Completion(prompt, k, [], [], truncated=False) for k in sample_indices] for prompt in prompts]
+        # Similar lengths together, the longest first: if memory does not suffice, that shows at once.
+        requests_by_length = sorted(requests, key=lambda own: len(own[0].prompt.token_ids), reverse=True)
+        group_size = max(1, self._max_rows // len(sample_indices)) if self._max_rows else max(1, len(prompts))
+        with torch.no_grad(), _evaluation_mode(self._model):
+            for start in range(0, len(prompts), group_size):
+                self._decode(requests_by_length[start : start + group_size], sampling, seed, step)
+        completions = [completion for own in requests for completion in own]
+        return Rollout(
+            samples=[completion for completion in completions if completion.sample_index >= 0],
+            greedy=[completion for completion in completions if completion.sample_index < 0],
+        )
+
+    def _decode(self, group: list[list[Completion]], sampling: Sampling, seed: int, step: int) -> None:
+        """Fills in the completions of P prompts, given as one list per prompt."""
+        completions = [completion for own in group for completion in own]
+        length, device = sampling.max_completion_length, self._model.device
+        eos = torch.tensor(sampling.eos_token_ids, dtype=torch.long, device=device)
+        sample_index = torch.tensor([completion.sample_index for completion in completions], device=device)
+        prompt_index = torch.tensor([completion.prompt.index for completion in completions], device=device)
+        positions = torch.arange(length, device=device)
+        noise = uniforms(seed, step, prompt_index[:, None], sample_index[:, None], positions)
+        tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)
+        logprobs = torch.zeros(noise.shape, device=device)
+
+        context, prompt_logits = self._prefill([own[0].prompt for own in group])
+        prompt_of_row = torch.arange(len(group), device=device).repeat_interleave(len(group[0]))
+        context.select(prompt_of_row)
+        logits = prompt_logits[prompt_of_row]
+        rows = torch.arange(len(completions), device=device)  # [N], which of the R
+        unfinished = torch.ones_like(rows, dtype=torch.bool)
+        for t in range(length):
+            token, logprob = _choose(logits, sampling, sample_index[rows] < 0, noise[rows, t])
+            tokens[rows, t], logprobs[rows, t] = token, logprob
+            unfinished &= ~torch.isin(token, eos)
+            remaining = unfinished.nonzero()[:, 0]  # the only wait for the device in a step
+            if len(remaining) == 0 or t + 1 == length:
+                break
+            if len(remaining) <= len(rows) * 7 / 8:  # fewer finished rows are not worth a copy of the cache
+                rows, unfinished, token = rows[remaining], unfinished[remaining], token[remaining]
+                context.select(remaining)
+            logits = self._forward(context, token[:, None])
+
+        for completion, ids, values in zip(completions, tokens.tolist(), logprobs.tolist(), strict=True):
+            end = next((i + 1 for i, token_id in enumerate(ids) if token_id in sampling.eos_token_ids), length)
+            completion.token_ids, completion.logprobs = ids[:end], values[:end]
+            completion.truncated = ids[end - 1] not in sampling.eos_token_ids
+
+    def _prefill(self, prompts: list[Prompt]) -> tuple["_Context", Tensor]:
+        """Returns the context of P rows and the logits [P, V] that follow it."""
+        width = max(len(prompt.token_ids) for prompt in prompts)
+        num_padding = [width - len(prompt.token_ids) for prompt in prompts]
+        ids = [[self._pad_token_id] * n + prompt.token_ids for n, prompt in zip(num_padding, prompts, strict=True)]
+        device = self._model.device
+        context = _Context(DynamicCache(config=self._config), torch.tensor(num_padding, device=device)[:, None])
+        return context, self._forward(context, torch.tensor(ids, device=device))
+
+    def _forward(self, context: "_Context", token_ids: Tensor) -> Tensor:
+        """Appends token_ids [N, n] to the context; returns the logits [N, V] after the last of them."""
+        columns = torch.arange(context.width + token_ids.shape[1], device=token_ids.device)
+        optional = {
+            # As transformers' generate() has them: 0 in the padding, then counted from the first real token.
+            "position_ids": (columns - context.num_padding).clamp(min=0)[:, context.width :],
+            "logits_to_keep": 1,
+        }
+        outputs = self._model(
+            input_ids=token_ids,
+            attention_mask=(columns >= context.num_padding).long(),
+            past_key_values=context.cache,
+            use_cache=True,
+            **{name: value for name, value in optional.items() if name in self._accepted},
+        )
+        context.width = len(columns)
+        logits: Tensor = outputs.logits[:, -1]
+        return logits
+
+    def _cache_is_selectable(self) -> bool:
+        return {type(layer).__name__ for layer in DynamicCache(config=self._config).layers} <= _SELECTABLE_LAYERS
+
+
+@dataclass
+class _Context:
+    """What N rows have read so far: width columns, the first num_padding [N, 1] of a row being padding."""
+
+    cache: Any
+    num_padding: Tensor
+    width: int = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the rows given by index, which may repeat."""
+        self.cache.batch_select_indices(rows)
+        self.num_padding = self.num_padding[rows]
+
+
+def _choose(logits: Tensor, sampling: Sampling, greedy: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the next token of each row and its log-probability, both [N].
+
+    logits [N, V] of the model, greedy [N] bool, uniform [N] float64. Greedy rows ignore the sampling's warping.
+    """
+    logits = logits.float()
+    logprobs = torch.where(greedy[:, None], logits, warp_logits(logits, sampling)).log_softmax(-1)
+    token = torch.where(greedy, logits.argmax(-1), _draw(logprobs, uniform))
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def _draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """Returns per row the first token whose cumulative probability exceeds the uniform, [N].
+
+    Probabilities are integers of unit 2^-52: their sum is exact in whatever order a device adds, so it never steps
+    up at a token of probability 0, and the last step always exceeds uniform * sum.
+    """
+    cumulative = logprobs.double().exp().mul_(2.0**52).long().cumsum(-1)
+    threshold = (uniform * cumulative[:, -1]).long()
+    token = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+    # Only NaN logits get here with no step left; their log-probability stays NaN, for the trainer to see.
+    return token.clamp(max=logprobs.shape[-1] - 1)
+
+
+@contextmanager
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    """Dropout off; afterwards every module is again in the mode that it was in itself."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,196 @@
+"""Reward modelling: the second stage, over TRL's RewardTrainer, and how well the reward model ranks held-out pairs."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+import transformers
+import trl
+from accelerate import PartialState
+from peft import PeftModel
+
+from remax.config import RewardConfig
+from remax.data import load_preferences
+from remax.errors import UserError
+from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model, save_model
+from remax.recording import RunFolder
+from remax.rewards import RewardModel, require_chat_template, reward_input_ids
+from remax.stages.common import (
+    position_limit,
+    run_settings,
+    say,
+    tokenizer_for,
+    train,
+    trainer_arguments,
+    write_evaluation,
+)
+
+Z_95 = 1.959963984540054
+
+
+class Pairs(NamedTuple):
+    """Preference pairs as reward-model input."""
+
+    chosen_ids: list[list[int]]
+    rejected_ids: list[list[int]]
+
+
+def run_reward(
+    config: RewardConfig,
+    model: Any,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    *,
+    run_config: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Trains a reward model on preference pairs and writes OUT/model, metrics.jsonl, config.yaml and eval.json.
+
+    The loss is -log sigmoid(r(x, y_chosen) - r(x, y_rejected)). What the model reads is what it will read in
+    reinforcement learning: `rewards.text.reward_input_ids` of finished completions.
+
+    Args:
+        config: all settings.
+        model: a language model that gets a new scalar head, by hub name or folder; or a loaded sequence
+            classification model with one label (which is trained in place).
+        train_dataset: a datasets.Dataset with chosen and rejected, texts or messages, and prompt if they share one.
+        eval_dataset: held-out pairs, likewise; without, nothing is measured, since training pairs would flatter.
+        processing_class: the tokenizer, by default the one beside the model.
+        run_config: what config.yaml records; by default config.
+
+    Returns:
+        loss: mean over the training steps; with eval_dataset also what `rank_pairs` returns, as eval/...
+
+    Raises:
+        UserError: a setting, dataset or model cannot be used; nothing was written.
+    """
+    folder = RunFolder(config.output_dir)
+    # Dropout is turned off in the model before an adapter is added: TRL would turn off --lora_dropout, too.
+    own = {"max_length": None, "disable_dropout": False, "dataset_num_proc": None, "center_rewards_coefficient": None}
+    arguments = trainer_arguments(trl.RewardConfig, config, **own)
+    train_dataset, num_identical = load_preferences(train_dataset, flag="--train_dataset")
+    if num_identical:
+        say(f"{num_identical} pairs of --train_dataset were dropped: chosen and rejected are the same.")
+    if eval_dataset is not None:
+        eval_dataset, _ = load_preferences(eval_dataset, flag="--eval_dataset")
+    tokenizer = tokenizer_for(model, processing_class)
+    if not isinstance(train_dataset[0]["chosen"], str):
+        require_chat_template(tokenizer, flag="--model")
+
+    transformers.set_seed(config.seed)
+    settings = run_settings(config, model, run_config)
+    model = _prepared(model, config, tokenizer)
+    limit = position_limit(model, config)
+    train_pairs = tokenise_pairs(train_dataset, tokenizer, limit, flag="--train_dataset")
+    eval_pairs = eval_dataset and tokenise_pairs(eval_dataset, tokenizer, limit, flag="--eval_dataset")
+
+    def make_trainer() -> Any:
+        rows = datasets.Dataset.from_dict(train_pairs._asdict())
+        return trl.RewardTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+
+    trainer, loss = train(make_trainer, folder, config, settings)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    metrics = {"loss": loss}
+    if eval_pairs is None:
+        say("No --eval_dataset was given: nothing held-out was measured, so nobody knows how well the model ranks.")
+    else:
+        quality = rank_pairs(RewardModel(model, tokenizer, batch_size=arguments.eval_batch_size), eval_pairs)
+        metrics |= {f"eval/{name}": value for name, value in quality.items()}
+        write_evaluation(folder, quality)
+        say(_summary(quality))
+    if PartialState().is_main_process:
+        save_model(model, tokenizer, folder.model)
+    say(f"The reward model is in {folder.model}.")
+    return metrics
+
+
+def _prepared(model: Any, config: RewardConfig, tokenizer: Any) -> Any:
+    if isinstance(model, str):
+        return new_reward_model(model, config, tokenizer, seed=config.seed, flag="--model")
+    if "ForSequenceClassification" not in type(model).__name__ and not isinstance(model, PeftModel):
+        raise UserError(
+            f"--model is a {type(model).__name__}: it has no reward head; pass a name or folder, and it gets one."
+        )
+    if model.config.num_labels != 1:
+        raise UserError(
+            f"--model has {model.config.num_labels} labels: a reward is one number; load it with num_labels=1."
+        )
+    give_own_pad_token(model, tokenizer)
+    if isinstance(model, PeftModel):
+        return model
+    disable_dropout(model)
+    return add_adapter(model, config) if config.use_peft else model
+
+
+def tokenise_pairs(dataset: Any, tokenizer: Any, max_length: int, *, flag: str) -> Pairs:
+    """Returns the pairs of which both texts have at most max_length tokens, and says how many were dropped.
+
+    Raises:
+        UserError: no pair is left.
+    """
+    pairs = Pairs([], [])
+    for row in dataset.with_format(None):
+        prompt = row.get("prompt", "")
+        chosen, rejected = (reward_input_ids(tokenizer, prompt, row[side], True) for side in ("chosen", "rejected"))
+        if max(len(chosen), len(rejected)) <= max_length:
+            pairs.chosen_ids.append(chosen)
+            pairs.rejected_ids.append(rejected)
+    kept = len(pairs.chosen_ids)
+    if kept == 0:
+        raise UserError(
+            f"--max_length is {max_length}: no pair of {flag} is that short; set a larger one or a model with more "
+            "positions."
+        )
+    if kept < len(dataset):
+        say(f"{len(dataset) - kept} of {len(dataset)} pairs of {flag} were dropped: over {max_length} tokens.")
+    return pairs
+
+
+def rank_pairs(reward_model: RewardModel, pairs: Pairs) -> dict[str, float]:
+    """Returns how well a reward model ranks pairs.
+
+    num_pairs; accuracy: share of pairs with r(chosen) > r(rejected), with its 95% Wilson interval accuracy_low and
+    accuracy_high; margin: mean of r(chosen) - r(rejected); length_correlation: Pearson's, between reward and length in
+    tokens, over all texts; longer_wins: the accuracy of preferring the longer text, ties counted half.
+    """
+    number = len(pairs.chosen_ids)
+    rewards = torch.tensor(reward_model.score_ids([*pairs.chosen_ids, *pairs.rejected_ids]), dtype=torch.float64)
+    lengths = torch.tensor([len(ids) for ids in [*pairs.chosen_ids, *pairs.rejected_ids]], dtype=torch.float64)
+    margins, longer_by = rewards[:number] - rewards[number:], lengths[:number] - lengths[number:]
+    accuracy = (margins > 0).double().mean().item()
+    low, high = wilson_interval(accuracy, number)
+    return {
+        "num_pairs": number,
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "margin": margins.mean().item(),
+        "length_correlation": correlation(lengths, rewards),
+        "longer_wins": ((longer_by > 0).double() + 0.5 * (longer_by == 0).double()).mean().item(),
+    }
+
+
+def wilson_interval(share: float, number: int) -> tuple[float, float]:
+    """Returns Wilson's 95% confidence interval of a share that was seen in a number of independent trials."""
+    centre = share + Z_95**2 / (2 * number)
+    spread = Z_95 * math.sqrt(share * (1 - share) / number + Z_95**2 / (4 * number**2))
+    scale = 1 + Z_95**2 / number
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def correlation(x: Any, y: Any) -> float:
+    """Returns Pearson's correlation of two vectors; 0 if one of them is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    norm = (x.norm() * y.norm()).item()
+    return float(x @ y) / norm if norm else 0.0
+
+
+def _summary(quality: Mapping[str, float]) -> str:
+    low, high = 100 * quality["accuracy_low"], 100 * quality["accuracy_high"]
+    return (
+        f"Held-out pairs ranked right: {100 * quality['accuracy']:.1f}% (95% interval {low:.1f} to {high:.1f}) of "
+        f"{quality['num_pairs']:.0f}, where preferring the longer one gets {100 * quality['longer_wins']:.1f}%; mean "
+        f"margin {quality['margin']:.3f}; correlation of reward and length {quality['length_correlation']:+.2f}."
+    )
