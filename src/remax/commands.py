@@ -59,9 +59,16 @@ def run_reward(inputs: config.StageInputs, args: config.RewardConfig) -> None:
 
 def run_evaluate(inputs: config.EvaluateInputs, args: config.EvaluateConfig) -> None:
     """`remax evaluate`"""
-    from remax.evaluation_report import evaluate_command
+    from remax.recording import RunFolder
+    from remax.rewards.functions import load_reward_function
 
-    evaluate_command(inputs, args)
+    folder = RunFolder(args.output_dir) if args.output_dir else None
+    rewards: list[Any] = [inputs.reward_model] if inputs.reward_model else []
+    rewards += [load_reward_function(spec) for spec in inputs.reward_funcs]
+
+    from remax.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(inputs, rewards, args, folder)
 
 
 def run_chat(inputs: config.ChatInputs, args: config.ChatConfig) -> None:

@@ -54,7 +54,7 @@ def returns(advantages: Tensor, kl: Tensor, mask: Tensor, *, beta: float, gamma:
 
     T_i is the length of completion i, so its last token's advantage is discounted once (the authors use 0.99).
     """
-    tokens_left = mask.flip(-1).cumsum(-1).flip(-1)
+    tokens_left = mask.flip(-1).cumsum(-1).flip(-1).to(advantages.dtype)
     result = gamma**tokens_left * advantages.unsqueeze(-1) - beta * kl
     return result.masked_fill(~mask, 0.0).detach()
 

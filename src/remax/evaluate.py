@@ -1,5 +1,7 @@
 """How good a policy is on held-out prompts: rewards sampled and greedy, KL, lengths and perplexity, with intervals."""
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 
-from remax.assembly import Components, Rewards
+from remax import data
+from remax.assembly import Components, Rewards, assemble_evaluation
 from remax.batching import collate, split_by_tokens
+from remax.config import EvaluateConfig, EvaluateInputs
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
 from remax.logprobs import CompletionScorer, untruncated
+from remax.metrics import StepRecord, completion_records
+from remax.recording import RunFolder
 
 Floats = NDArray[np.float64]
 
@@ -107,3 +115,62 @@ def bootstrap_interval(
     resampled = [statistic(values[generator.integers(len(values), size=len(values))]) for _ in range(num_resamples)]
     low, high = np.percentile(resampled, [2.5, 97.5])
     return float(low), float(high)
+
+
+def evaluate_checkpoint(
+    inputs: EvaluateInputs, rewards: Sequence[Any], args: EvaluateConfig, folder: RunFolder | None
+) -> dict[str, Any]:
+    """Returns, prints and, given a folder, writes the measurements of a checkpoint, each with its 95% interval.
+
+    Raises:
+        UserError: a model, a dataset or a reward cannot be used.
+    """
+    parts = assemble_evaluation(inputs, rewards, args)
+    references = _references(inputs, parts)
+    evaluation = evaluate_policy(
+        parts,
+        parts.eval_prompts,
+        num_samples=args.num_generations,
+        seed=args.seed,
+        max_tokens=args.micro_batch_tokens,
+    )
+    intervals = evaluation.intervals(args.seed)
+    results: dict[str, Any] = {
+        name: {"mean": mean, "interval": intervals[name]} for name, mean in evaluation.means().items()
+    }
+    if references:
+        plain = Sampling(args.max_completion_length, parts.sampling.eos_token_ids)
+        totals = total_logprobs(parts, CompletionScorer(parts.policy), references, plain, args.micro_batch_tokens)
+        value, interval = perplexity(totals, [len(c.token_ids) for c in references])
+        results["perplexity"] = {"mean": value, "interval": interval}
+    _print_table(inputs.model, results, len(parts.eval_prompts))
+    if folder is not None:
+        folder.create({**dataclasses.asdict(inputs), **dataclasses.asdict(args)})
+        summary = {"model": inputs.model, "num_prompts": len(parts.eval_prompts), "results": results}
+        (folder.path / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        record = StepRecord(evaluation.rollout, evaluation.rewards, evaluation.rewards.sampled)
+        folder.append("completions.jsonl", completion_records(record, 0))
+    return results
+
+
+def _references(inputs: EvaluateInputs, parts: Components) -> list[Completion]:
+    """Returns the texts whose perplexity is asked for, or none if the evaluation prompts come without answers."""
+    source, flag = inputs.perplexity_dataset, "--perplexity_dataset"
+    if source is None:
+        source, flag = inputs.eval_dataset, "--eval_dataset"
+    dataset = data.load_records(source, inputs.eval_split, flag=flag)
+    if inputs.perplexity_dataset is None and not data.has_references(dataset.column_names):
+        return []
+    limit = getattr(parts.policy.config.get_text_config(), "max_position_embeddings", None)
+    return data.load_references(dataset, parts.tokenizer, flag=flag, max_length=limit)
+
+
+def _print_table(model: str, results: Mapping[str, Any], num_prompts: int) -> None:
+    table = Table(title=f"{model} on {num_prompts} prompts", title_justify="left", box=None, padding=(0, 2))
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    table.add_column("95% interval", justify="right")
+    for name, result in results.items():
+        low, high = result["interval"]
+        table.add_row(name, f"{result['mean']:.3f}", f"{low:.3f} to {high:.3f}")
+    Console().print(table)

@@ -1,28 +1,14 @@
 """What is recorded of a training step, under TRL's names where it has them."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from remax.assembly import Rewards
 from remax.interfaces import Completion, Rollout
-
-
-class BatchLoss(NamedTuple):
-    """The loss of a micro-batch of B rows and what it shows of them."""
-
-    loss: Tensor
-    """Scalar, already divided by the global denominator."""
-    kl: Tensor
-    """[B] log pi(y) - log pi_ref(y) of the whole completion; NaN without a reference."""
-    entropy: Tensor
-    """[B] mean over the row's tokens."""
-    no_signal: Tensor
-    """[B] True where no token gets a gradient."""
-    logprobs: Tensor
-    """[B, T] log-probabilities of the tokens, detached."""
+from remax.objective import BatchLoss
 
 
 @dataclass

@@ -5,6 +5,7 @@ A user's mistake shows before any weights are read wherever the files tell it.
 
 import copy
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,13 +36,17 @@ PAD_TOKEN = "<|pad|>"
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers (progress bars, reports on new heads): what matters there is an error of ours."""
+    """Silences transformers and peft (progress bars, reports on new heads): what matters is an error of ours."""
     logging = transformers.utils.logging
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            # peft and TRL use names that transformers gave up; peft corrects itself for GPT-2's layers.
+            warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated")
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -248,7 +253,8 @@ def add_adapter(model: Any, config: ModelOptions) -> Any:
         target_modules=config.lora_target_modules or "all-linear",
     )
     try:
-        adapted = get_peft_model(model, lora)
+        with quiet():
+            adapted = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(
             f"--lora_target_modules is {config.lora_target_modules}: no adapter can be added ({short_reason(error)}); "

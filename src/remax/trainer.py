@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler, set_seed
 
 from remax import estimators, models
 from remax.assembly import assemble
-from remax.batching import Batch, PromptOrder, collate, split_by_tokens
+from remax.batching import PromptOrder, collate, split_by_tokens
 from remax.config import OptimiserOptions, ReMaxConfig
 from remax.errors import UserError
 from remax.evaluate import Evaluation, evaluate_policy
 from remax.interfaces import Prompt, RolloutEngine
-from remax.logprobs import CompletionScorer, untruncated
-from remax.metrics import BatchLoss, StepRecord, completion_records, step_metrics
+from remax.logprobs import CompletionScorer
+from remax.metrics import StepRecord, completion_records, step_metrics
+from remax.objective import remax_loss
 from remax.progress import View, default_view
 from remax.recording import RunFolder
 
@@ -128,7 +128,11 @@ class ReMaxTrainer:
             batch = collate(
                 [samples[row] for row in chosen], self.parts.tokenizer.pad_token_id, self.accelerator.device
             )
-            result = self.loss(batch, record.advantages[chosen].to(self.accelerator.device), denominator)
+            advantages = record.advantages[chosen].to(self.accelerator.device)
+            with self.accelerator.autocast():
+                result = remax_loss(
+                    self.policy, self.parts.reference, batch, advantages, self.parts.sampling, args, denominator
+                )
             self.accelerator.backward(result.loss)
             record.add(chosen, result)
         limit = args.max_grad_norm or math.inf
@@ -139,43 +143,6 @@ class ReMaxTrainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.lr_scheduler.step()
-
-    def loss(self, batch: Batch, advantages: Tensor, denominator: int) -> BatchLoss:
-        """Returns the loss whose gradient is minus ReMax's on this micro-batch, from its advantages [B]."""
-        args, mask, reference = self.args, batch.completion_mask, self.parts.reference
-        kl_in_loss = reference is not None and args.kl_mode == "loss"
-        exact = kl_in_loss and args.kl_estimator == "exact"
-        with self.accelerator.autocast():
-            pi = self.policy(batch, self.parts.sampling, reference if exact else None)
-        logprobs = pi.logprobs.detach()
-        if reference is None:
-            log_ratios = torch.zeros_like(logprobs)
-        elif exact:
-            log_ratios = pi.kl.detach()
-        else:
-            log_ratios = logprobs - self._logprobs(reference, batch)
-
-        kl = estimators.kl_in_return(log_ratios, mask, args.kl_mode)
-        returns = estimators.returns(advantages, kl, mask, beta=args.beta, gamma=args.gamma)
-        loss = estimators.policy_loss(pi.logprobs, returns, mask)
-        if kl_in_loss:
-            kl_loss = pi.kl if exact else estimators.k2(pi.logprobs, logprobs - log_ratios, mask)
-            loss = loss + args.beta * kl_loss.sum()
-
-        sequence_kl = log_ratios.sum(-1)
-        return BatchLoss(
-            loss / denominator,
-            torch.full_like(sequence_kl, math.nan) if reference is None else sequence_kl,
-            pi.entropies.sum(-1) / mask.sum(-1),
-            torch.zeros_like(mask[:, 0]) if kl_in_loss else (returns == 0).all(-1),
-            logprobs,
-        )
-
-    @torch.no_grad()
-    def _logprobs(self, reference: CompletionScorer, batch: Batch) -> Tensor:
-        with self.accelerator.autocast():
-            logprobs: Tensor = reference(batch, untruncated(self.parts.sampling)).logprobs
-        return logprobs
 
     # The run ----------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ in the data is found here, before a model is loaded, and told with the row it is
 from remax.data.loading import load_records
 from remax.data.prompts import prepare_prompts
 from remax.data.records import check_columns, load_preferences
+from remax.data.references import has_references, load_references
 from remax.data.text import check_tokenizer, decode_completions, eos_token_ids
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "check_tokenizer",
     "decode_completions",
     "eos_token_ids",
+    "has_references",
     "load_preferences",
     "load_records",
+    "load_references",
     "prepare_prompts",
 ]

@@ -91,8 +91,8 @@ class RewardModel:
     def _count_overlong(self, number: int) -> None:
         if number and not self.num_overlong:
             warnings.warn(
-                f"{self.name}: {number} texts are longer than the {self.max_length} tokens that the reward model can "
-                "read; they and later ones get no reward and are left out.",
+                f"{self.name}: a text is longer than the {self.max_length} tokens that the reward model can read; "
+                "it and later ones get no reward and are left out.",
                 stacklevel=4,
             )
         self.num_overlong += number

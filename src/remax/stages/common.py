@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -37,12 +36,11 @@ def say(line: str) -> None:
 
 @contextmanager
 def quiet_training() -> Iterator[None]:
-    """Silences the progress bars of transformers and datasets, and a deprecation that TRL's own default triggers."""
+    """Silences the progress bars of transformers and datasets; warnings of TRL are let through."""
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        with quiet(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`gradient_checkpointing.*` is deprecated")
+        with quiet():
             yield
     finally:
         if bars:
@@ -97,6 +95,8 @@ def trainer_arguments(arguments_class: ArgumentsClass, config: StageConfig, **ow
                 logging_steps=1,
                 # The default would write the last finite loss in place of one that is not.
                 logging_nan_inf_filter=False,
+                # It is written into the config of the model that is saved; TRL turns the cache off by itself.
+                use_cache=True,
                 save_strategy="no",
                 eval_strategy="no",
                 disable_tqdm=True,

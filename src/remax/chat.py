@@ -1,0 +1,69 @@
+"""`remax chat`: talk to a checkpoint in the terminal."""
+
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from remax import data, models
+from remax.assembly import load_policy, make_accelerator
+from remax.config import ChatConfig, ModelOptions
+
+HELP = "Type a message and Enter; /new starts a new conversation, an empty line or Ctrl-D ends."
+
+
+def chat(model: str, args: ChatConfig) -> None:
+    """Reads messages from standard input and streams the model's answers until the input ends.
+
+    A model with a chat template has a conversation; one without continues each text on its own.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    models.check_model_exists(model, flag="--model")
+    tokenizer = models.load_tokenizer(model, flag="--model")
+    data.check_tokenizer(tokenizer, flag="--model")
+    accelerator = make_accelerator(args.bf16)
+    options = ModelOptions(dtype=args.dtype, attn_implementation=args.attn_implementation)
+    policy = load_policy(model, options).to(accelerator.device)
+    torch.manual_seed(args.seed)
+    beginning = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    messages: list[dict[str, str]] = list(beginning)
+    print(HELP if tokenizer.chat_template else f"{HELP} This model has no chat template: it continues your text.")
+    while text := _read():
+        if text == "/new":
+            messages = list(beginning)
+            continue
+        if tokenizer.chat_template:
+            messages.append({"role": "user", "content": text})
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        else:
+            inputs = tokenizer(text, return_tensors="pt")
+        with accelerator.autocast():
+            answer = _answer(policy, tokenizer, inputs.to(accelerator.device), args)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _read() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""
+
+
+@torch.no_grad()
+def _answer(policy: Any, tokenizer: Any, inputs: Any, args: ChatConfig) -> str:
+    generated = policy.generate(
+        **{name: inputs[name] for name in ("input_ids", "attention_mask")},
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        do_sample=True,
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=list(data.eos_token_ids(policy.generation_config, tokenizer)),
+    )
+    answer: str = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer
