@@ -131,6 +131,11 @@ def test_standard_prompt_never_ends_in_an_eos_of_the_tokenizer(single: str) -> N
     assert [p.token_ids for p in prompts] == [[*bos, *llama_ids("hi")], [*bos, *llama_ids("you")]]
 
 
+def test_tokenizer_without_special_tokens_adds_none() -> None:
+    prompts, _ = prepare(["ab", "b"], byte_tokenizer())
+    assert [p.token_ids for p in prompts] == [list(b"ab"), list(b"b")]
+
+
 def test_bos_that_a_text_spells_out_is_not_doubled(llama: Any) -> None:
     (prompt,), _ = prepare(["<s>hi"], llama)
     assert prompt.token_ids == llama(["<s>hi"], add_special_tokens=False)["input_ids"][0]

@@ -55,6 +55,13 @@ def test_csv_keeps_empty_texts_and_quoted_newlines(tmp_path: Path) -> None:
     assert rows == [{"prompt": "two\nlines", "n": 1}, {"prompt": "NA", "n": 2}, {"prompt": "", "n": 3}]
 
 
+def test_csv_longer_than_a_block_of_its_reader(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,n\n" + "".join(f'"two\n{n}",{n}\n' for n in range(100_000)))
+    rows = load_records(str(path), "train", flag="--train_dataset")
+    assert (rows["prompt"][:], rows["n"][:]) == ([f"two\n{n}" for n in range(100_000)], list(range(100_000)))
+
+
 def test_json_lines_with_bom_blank_lines_and_other_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('\ufeff{"a": 1}\r\n\n{"b": [2], "a": "x"}\n', encoding="utf-8")

@@ -53,6 +53,10 @@ class Rewards(NamedTuple):
     """Each function's own r(x, y), unweighted, [S]."""
     greedy: Tensor
     """[prompts] r(x, y*)"""
+    metrics: dict[str, float]
+    """What reward functions logged with log_metric."""
+    columns: dict[str, list[Any]]
+    """What they logged with log_extra, one value per sampled row."""
 
 
 @dataclass
@@ -92,7 +96,17 @@ class Components:
             greedy.repeat_interleave(num_samples // len(rollout.greedy)),
             {name: torch.tensor(values[:num_samples]) for name, values in scores.by_function.items()},
             greedy,
+            {name: value for f in self._callables() for name, value in f.pop_metrics().items()},
+            {name: values[:num_samples] for f in self._callables() for name, values in f.pop_extra().items()},
         )
+
+    def show_state(self, state: Any) -> None:
+        """Lets reward functions see the trainer's state, as their argument trainer_state."""
+        for function in self._callables():
+            function.trainer_state = state
+
+    def _callables(self) -> list[CallableReward]:
+        return [function for function in self.reward_functions if isinstance(function, CallableReward)]
 
 
 def _rows(rollout: Rollout) -> list[Completion]:

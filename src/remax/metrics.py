@@ -88,6 +88,7 @@ def _reward_metrics(record: StepRecord) -> dict[str, Tensor]:
         "reward/gap": (rewards - baselines).mean(),
         "reward/missing_fraction": 1 - record.trained.float().mean(),
     }
+    metrics |= {name: torch.tensor(value) for name, value in record.rewards.metrics.items()}
     for name, values in record.rewards.sampled_by_function.items():
         present = values[values.isfinite()]
         metrics |= {f"rewards/{name}/mean": present.mean(), f"rewards/{name}/std": present.std(correction=0)}
@@ -131,6 +132,7 @@ def completion_records(record: StepRecord, step: int) -> list[dict[str, Any]]:
                 "rewards": {name: values[row].item() for name, values in record.rewards.sampled_by_function.items()},
                 "length": len(sample.token_ids),
                 "truncated": sample.truncated,
+                **{name: values[row] for name, values in record.rewards.columns.items()},
             }
         )
     return records

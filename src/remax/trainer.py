@@ -98,6 +98,7 @@ class ReMaxTrainer:
         self.callbacks = list(callbacks or [])
         self.state = TrainerState(max_steps=self.max_steps, logging_steps=self.args.logging_steps, log_history=[])
         self.control = TrainerControl()
+        parts.show_state(self.state)
         self.timings: dict[str, float] = {}
         self._notify("on_init_end")
 
