@@ -185,6 +185,8 @@ def test_policy_with_missing_weights_is_refused(folder: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"it lacks weights of a LlamaForCausalLM \(model.norm.weight, 1 in all\)"):
         load_policy(folder, ModelOptions(), flag="--model")
+    with pytest.raises(UserError, match=r"it lacks weights of a LlamaForSeq.* \(model.norm.weight, 1 in all\)"):
+        new_reward_model(folder, ModelOptions(), toy_tokenizer(), seed=0, flag="--model")
 
 
 def test_damaged_weights_are_told_in_one_sentence(folder: str) -> None:

@@ -23,11 +23,9 @@ class Command:
 def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig) -> None:
     """`remax train`"""
     from remax.recording import RunFolder
-    from remax.rewards.functions import load_reward_function
 
     RunFolder(args.output_dir)  # A folder that is taken is found before the imports that take seconds.
-    rewards: list[Any] = [inputs.reward_model] if inputs.reward_model else []
-    rewards += [load_reward_function(spec) for spec in inputs.reward_funcs]
+    rewards = _rewards(inputs)
 
     from remax.trainer import ReMaxTrainer
 
@@ -43,28 +41,48 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig) -> None:
     print(f"The trained model is in {trainer.folder.model}.")
 
 
+def _rewards(inputs: config.TrainInputs | config.EvaluateInputs) -> list[Any]:
+    from remax.rewards.functions import load_reward_function
+
+    names: list[Any] = [inputs.reward_model] if inputs.reward_model else []
+    return names + [load_reward_function(spec) for spec in inputs.reward_funcs]
+
+
 def run_sft(inputs: config.StageInputs, args: config.SFTConfig) -> None:
     """`remax sft`"""
     from remax.stages.sft import run_sft
 
-    run_sft(args, inputs.model, inputs.train_dataset, inputs.eval_dataset)
+    _run_stage(run_sft, inputs, args)
 
 
 def run_reward(inputs: config.StageInputs, args: config.RewardConfig) -> None:
     """`remax reward`"""
     from remax.stages.reward import run_reward
 
-    run_reward(args, inputs.model, inputs.train_dataset, inputs.eval_dataset)
+    _run_stage(run_reward, inputs, args)
+
+
+def _run_stage(
+    stage: Callable[..., Any], inputs: config.StageInputs, args: config.SFTConfig | config.RewardConfig
+) -> None:
+    from remax.data import load_records
+    from remax.models import check_model_exists
+    from remax.recording import RunFolder
+
+    RunFolder(args.output_dir)
+    check_model_exists(inputs.model, flag="--model")
+    train_dataset = load_records(inputs.train_dataset, args.dataset_split, flag="--train_dataset")
+    eval_dataset = inputs.eval_dataset and load_records(inputs.eval_dataset, args.eval_split, flag="--eval_dataset")
+    run_config = {**dataclasses.asdict(inputs), **dataclasses.asdict(args)}
+    stage(args, inputs.model, train_dataset, eval_dataset, run_config=run_config)
 
 
 def run_evaluate(inputs: config.EvaluateInputs, args: config.EvaluateConfig) -> None:
     """`remax evaluate`"""
     from remax.recording import RunFolder
-    from remax.rewards.functions import load_reward_function
 
     folder = RunFolder(args.output_dir) if args.output_dir else None
-    rewards: list[Any] = [inputs.reward_model] if inputs.reward_model else []
-    rewards += [load_reward_function(spec) for spec in inputs.reward_funcs]
+    rewards = _rewards(inputs)
 
     from remax.evaluate import evaluate_checkpoint
 

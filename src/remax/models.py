@@ -149,18 +149,15 @@ def new_reward_model(name_or_path: str, config: ModelOptions, tokenizer: Any, *,
     what happens to the tokenizer. A LoRA adapter trains the head in full.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or lacks weights beside the head.
     """
     refuse_adapter(name_or_path, flag=flag)
-    _load_config(name_or_path, flag)
     kwargs = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
-
-    def load() -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, **kwargs, **_SAFE)
-
-    model = _load("model", name_or_path, flag, load)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _load_weights(
+            AutoModelForSequenceClassification, name_or_path, flag, new_head=True, num_labels=1, **kwargs
+        )
     give_own_pad_token(model, tokenizer)
     disable_dropout(model)
     return add_adapter(model, config) if config.use_peft else model
@@ -210,15 +207,16 @@ def _load_config(name_or_path: str, flag: str) -> Any:
     return _load("config.json", name_or_path, flag, lambda: AutoConfig.from_pretrained(name_or_path, **_SAFE))
 
 
-def _load_weights(auto_class: Any, name_or_path: str, flag: str, **kwargs: Any) -> Any:
-    """Returns the model, having made sure that the checkpoint has all of its weights."""
+def _load_weights(auto_class: Any, name_or_path: str, flag: str, *, new_head: bool = False, **kwargs: Any) -> Any:
+    """Returns the model, having made sure that the checkpoint has all of its weights (but for a new head's)."""
     model, info = _load(
         "model",
         name_or_path,
         flag,
         lambda: auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs, **_SAFE),
     )
-    if missing := sorted(info["missing_keys"]):
+    body = f"{model.base_model_prefix}." if new_head else ""
+    if missing := sorted(name for name in info["missing_keys"] if name.startswith(body)):
         raise UserError(
             f"{flag} is {name_or_path}: it lacks weights of a {type(model).__name__} ({missing[0]}, {len(missing)} in "
             "all), which would be random; set a complete model."

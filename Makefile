@@ -1,0 +1,47 @@
+# Everything sets itself up: `make demo` and `make test` need only Python 3.10 or newer and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: help demo test test-slow lint format clean
+
+help:
+	@echo "make demo       the whole pipeline on a small world of stories, about two minutes on two cores"
+	@echo "make test       all quick tests"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make lint       ruff, mypy and the import contracts"
+	@echo "make format     let ruff rewrite the code"
+	@echo "make clean      remove the environment and all caches"
+
+demo: $(READY)
+	$(BIN)/remax demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch comes first and alone, so that its exact version is what everything else is resolved against.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'remax needs Python 3.10 or newer: set PYTHON=/path/to/one')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
