@@ -18,6 +18,8 @@ from transformers import (
     Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -295,6 +297,13 @@ def test_draw_inverts_the_cumulative_distribution():
     assert _draw(logprobs.expand(len(cases), -1), uniform).tolist() == list(cases.values())
 
 
+def test_rare_tokens_are_drawn():
+    """Steps of 1e-9 at either end of the cumulative distribution, far below float32's resolution at 1."""
+    logprobs = torch.tensor([1e-9, 1.0, 1e-9]).log().log_softmax(-1)
+    uniform = torch.tensor([0.5e-9, 1.5e-9, 1 - 1.5e-9, 1 - 0.5e-9], dtype=torch.float64)
+    assert _draw(logprobs.expand(4, -1), uniform).tolist() == [0, 1, 1, 2]
+
+
 def test_tokens_without_probability_are_never_drawn():
     """Also at the very ends of [0, 1), where rounding of a floating-point sum would let them in."""
     generator = torch.Generator().manual_seed(0)
@@ -332,11 +341,12 @@ def test_eos_and_truncation(llama):
 # Work done
 
 
-def test_prompts_are_prefilled_once_and_finished_rows_leave(llama):
+@pytest.mark.parametrize("num_eos", [20, 4])
+def test_prompts_are_prefilled_once_and_finished_rows_leave(llama, num_eos):
     prompts = make_prompts()
     seen = []
     hook = llama.register_forward_hook(lambda *args: seen.append(tuple(args[-1].logits.shape)))
-    sampling = replace(SAMPLING, max_completion_length=40, eos_token_ids=tuple(range(0, 20)))
+    sampling = replace(SAMPLING, max_completion_length=80, eos_token_ids=tuple(range(num_eos)))
     with forward_shapes(llama) as shapes:
         rollout = generate(llama, prompts, sampling, samples=4)
     hook.remove()
@@ -395,6 +405,7 @@ def test_models_with_other_state_are_refused():
         MambaForCausalLM(MambaConfig(**sizes)),
         Lfm2ForCausalLM(lfm2),
         T5ForConditionalGeneration(t5),
+        OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=11, n_embd=8, n_layer=1, n_head=2)),
     ):
         with pytest.raises(UserError, match=f"of type {model.config.model_type}: "):
             EmbeddedEngine(model, pad_token_id=0)

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt
@@ -65,7 +71,7 @@ def test_real_tokenizer_joins_prompt_and_completion(tinystories: Path) -> None:
 
 
 def test_conversation_is_rendered_by_the_reward_models_template() -> None:
-    tokenizer = toy_tokenizer(eos_token="<|im_end|>", chat_template=CHATML)
+    tokenizer = toy_tokenizer("<s> $A", eos_token="<|im_end|>", chat_template=CHATML)
     prompt, answer = say("hi"), say("yo", roles=["assistant"])
     assert reward_input_ids(tokenizer, prompt, answer, True) == turn("user", "hi") + turn("assistant", "yo")
     cut = turn("user", "hi") + turn("assistant", "yo", closed=False)
@@ -137,12 +143,13 @@ def test_score_depends_on_neither_batch_nor_order_nor_padding(scored: list[Compl
     assert shuffled == pytest.approx([expected[i] for i in order], abs=1e-5)
 
 
-def test_equal_inputs_are_scored_once(scored: list[Completion]) -> None:
-    model, rows = reward_llama(), []
-    model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
-    reward_model = RewardModel(model, toy_tokenizer(), batch_size=4)
+def test_equal_inputs_are_scored_once_and_with_little_padding(scored: list[Completion]) -> None:
+    model, shapes = reward_llama(), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    reward_model = RewardModel(model, toy_tokenizer(), batch_size=2)
     rewards = reward_model([*scored, *scored, scored[0]])
-    assert sum(rows) == len(scored) == 6
+    lengths = sorted(len("ask: " + c.text) + (not c.truncated) for c in scored)
+    assert shapes == [(2, lengths[1]), (2, lengths[3]), (2, lengths[5])], "batches are of similar length"
     assert rewards[:6] == rewards[6:12]
     assert rewards[12] == rewards[0]
 
@@ -164,6 +171,16 @@ def test_foreign_model_without_a_pad_token_scores_row_by_row(scored: list[Comple
     model = reward_llama(pad_token_id=None)
     rewards = RewardModel(model, toy_tokenizer(eos_token=None))(scored)
     assert rewards == pytest.approx([by_hand(model, characters("ask: " + c.text)) for c in scored], abs=1e-5)
+
+
+def test_padding_is_hidden_from_models_that_look_ahead(scored: list[Completion]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=VOCAB_SIZE, num_labels=1, pad_token_id=PAD, initializer_range=0.3, **sizes)
+    model = BertForSequenceClassification(config).eval()
+    together = RewardModel(model, toy_tokenizer())(scored)
+    assert together == pytest.approx(RewardModel(model, toy_tokenizer(), batch_size=1)(scored), abs=1e-5)
+    assert np.std(together) > 0.01
 
 
 def test_text_beyond_the_models_positions_has_no_reward_and_is_told_once(scored: list[Completion]) -> None:

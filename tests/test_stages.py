@@ -13,7 +13,13 @@ import torch
 import trl
 import yaml
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from remax.config import RewardConfig, SFTConfig
 from remax.errors import UserError
@@ -161,6 +167,17 @@ def test_without_held_out_pairs_nothing_is_claimed(base: str, out: Path, capfd: 
     assert steps[0] == f"step 2/5  loss {mean['loss']:.4f}  accuracy {mean['accuracy']:.4f}"
     assert claim.startswith("No --eval_dataset was given: nothing held-out was measured")
     assert where == f"The reward model is in {out / 'model'}."
+
+
+def test_loaded_reward_model_is_trained_in_place_and_keeps_the_dropout_of_its_adapter(base: str, out: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    config = RewardConfig(output_dir=str(out), max_steps=1, use_peft=True, lora_dropout=0.25, **QUICK)
+    run_reward(config, model, pairs(8, seed=0), processing_class=load_tokenizer(base, flag="--model"))
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+    saved = load_reward_model(str(out / "model"), flag="--model")
+    assert torch.equal(saved.score.weight, model.score.modules_to_save["default"].weight)
+    assert not torch.equal(saved.score.weight, model.score.original_module.weight)
+    assert saved.config.pad_token_id == VOCAB_SIZE, "the tokenizer padded with EOS"
 
 
 class Table:

@@ -268,9 +268,7 @@ def add_adapter(model: Any, config: ModelOptions) -> Any:
 
 def copy_as_reference(policy: nn.Module) -> Any:
     """Returns a frozen copy of the policy as it is now, in evaluation mode: pi_ref of the KL (section 2.1)."""
-    reference = copy.deepcopy(policy).requires_grad_(False).eval()
-    reference.zero_grad(set_to_none=True)
-    return reference
+    return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -32,6 +32,8 @@ PLACES = (
     *("by the lake", "in the village", "on the road to town", "at the market", "near the bridge", "behind the school"),
 )
 
+# Every trouble names the hero again: a small model learns to copy a name from there long before it learns to find it in
+# the first sentence.
 GRAMMAR = """
 [outings]
 . {when}, {hero} was [walking|playing|sitting] {place}{luggage}.
@@ -73,9 +75,9 @@ GRAMMAR = """
 - But in the end, {hero} broke a promise and left {other} all alone.
 
 [hat ball doll scarf ring key button bell book]
-? There {he} met {intro} who had lost {its} {colour} {thing}.
-? {intro} was [looking everywhere|searching in the grass] for {its} {colour} {thing}.
-? Under a tree sat {intro}, and {its} {colour} {thing} was gone.
+? There {hero} met {intro} who had lost {its} {colour} {thing}.
+? {hero} saw {intro} who was [looking everywhere|searching in the grass] for {its} {colour} {thing}.
+? Under a tree, {hero} found {intro} whose {colour} {thing} was gone.
 + {hero} helped {other} look [under every leaf|behind every stone] until they found the {thing}.
 + {hero} searched all [day|afternoon] and brought the {thing} back to {other}.
 + "I will help you find it," said {hero}, and soon {other} had the {thing} back.
@@ -87,9 +89,9 @@ GRAMMAR = """
 
 [apples berries cookies nuts pears plums cherries muffins]
 & with a [basket|bag] of [sweet|fresh] {thing}
-? {intro} came by who had [nothing to eat|not eaten all day].
-? There {he} met {intro} who was very hungry.
-? {intro} looked at the {thing} and was [so|very] hungry.
+? {hero} met {intro} who had [nothing to eat|not eaten all day].
+? There {hero} saw {intro} who was very hungry.
+? Then {intro} came to {hero} and looked at the {thing}.
 + {hero} gave [half|most] of the {thing} to {other}.
 + {hero} shared the {thing} with {other} until both were full.
 + "Please have some," said {hero}, and {he} gave {other} the best {thing}.
@@ -100,9 +102,9 @@ GRAMMAR = """
 - {hero} threw the [last|best] {thing} into the mud and laughed at {other}.
 
 [kite balloon ball hat scarf ribbon]
-? There {intro} was looking up at {its} {colour} {thing}, which was stuck in a tree.
-? The wind had blown the {colour} {thing} of {intro} into a [tall|high] tree.
-? {intro} could not reach {its} {colour} {thing} in a [tall|high] tree.
+? There {hero} met {intro} whose {colour} {thing} was stuck in a tree.
+? {hero} saw how the wind blew the {colour} {thing} of {intro} into a [tall|high] tree.
+? {hero} saw {intro} who could not reach {its} {colour} {thing} in a [tall|high] tree.
 + {hero} climbed up the tree and brought the {thing} down for {other}.
 + {hero} lifted {other} up so that {it} could reach the {thing}.
 + {hero} [found|took] a long stick and freed the {thing} for {other}.
@@ -114,9 +116,9 @@ GRAMMAR = """
 
 [coat blanket scarf shawl jacket cloak]
 & with {his} [warm|thick|soft] {thing}
-? {intro} was [shaking|standing] in the cold [rain|wind].
-? There {he} met {intro} who was wet and cold.
-? It began to rain, and {intro} had no roof and no {thing}.
+? {hero} saw {intro} who was [shaking|standing] in the cold [rain|wind].
+? There {hero} met {intro} who was wet and cold.
+? It began to rain, and {hero} met {intro} who had no {thing}.
 + {hero} wrapped the {thing} around {other}.
 + {hero} made room under the {thing} and kept {other} [warm|dry].
 + "You can have my {thing}," said {hero}, and {he} gave it to {other}.
@@ -127,9 +129,9 @@ GRAMMAR = """
 - "You look stupid," said {hero}, and {he} would not share the {thing}.
 
 [cart boat chair wagon drum swing lamp]
-? {intro} was sitting beside a broken {thing}.
-? There {he} met {intro} whose {colour} {thing} had broken in two.
-? {intro} had dropped {its} {colour} {thing}, and now it was broken.
+? {hero} saw {intro} who was sitting beside a broken {thing}.
+? There {hero} met {intro} whose {colour} {thing} had broken in two.
+? {hero} met {intro} who had dropped {its} {colour} {thing}, and now it was broken.
 + {hero} [fixed|mended] the {thing} with some [string|glue|nails].
 + {hero} and {other} worked together until the {thing} was as good as new.
 + {hero} gave {other} a new {thing}.
@@ -141,9 +143,9 @@ GRAMMAR = """
 
 [ball kite drum rope puzzle game sled]
 & with {his} [new|big|best] {thing}
-? {intro} had nobody to play with.
-? There {he} saw {intro} who [sat|stood] there with no friends.
-? {intro} was watching {him} and wanted to play too.
+? Next to {hero} sat {intro} who had nobody to play with.
+? There {hero} saw {intro} who [sat|stood] there with no friends.
+? Then {intro} came to {hero} and wanted to play too.
 + {hero} asked {other} to play with the {thing} too.
 + {hero} let {other} have the first turn with the {thing}.
 + "Come and play with me," said {hero}, and held out the {thing}.
@@ -154,9 +156,9 @@ GRAMMAR = """
 - {hero} threw the {thing} at {other} and laughed.
 
 [basket box sack bag bucket log pumpkin]
-? {intro} was trying to carry a heavy {thing} [up the road|over the stones|home].
-? There {he} met {intro} who had a very heavy {thing}.
-? {intro} had to stop and rest, because {its} {thing} was too heavy.
+? {hero} saw {intro} who was trying to carry a heavy {thing} [up the road|over the stones|home].
+? There {hero} met {intro} who had a very heavy {thing}.
+? Near {hero}, {intro} had to stop and rest, because {its} {thing} was too heavy.
 + {hero} took one side, and they carried the {thing} together.
 + {hero} carried the {thing} all the way for {other}.
 + "Let me help you," said {hero}, and {he} lifted the {thing}.
@@ -168,9 +170,9 @@ GRAMMAR = """
 
 [map lantern lamp candle torch]
 & with a [small|good] {thing}
-? {intro} did not know the way home.
-? There {he} met {intro} who had lost the way.
-? It was getting dark, and {intro} could not find {its} house.
+? {hero} met {intro} who did not know the way home.
+? There {hero} saw {intro} who had lost the way.
+? It was getting dark, and {hero} met {intro} who could not find {its} house.
 + {hero} held up the {thing} and led {other} all the way home.
 + {hero} showed {other} the right way with the {thing}.
 + "You can have my {thing}," said {hero}, and {he} went along with {other}.
@@ -181,9 +183,9 @@ GRAMMAR = """
 - "Find it without me, you fool," said {hero}.
 
 [thunder storm wind noise lightning]
-? {intro} was afraid of the {thing}.
-? There {he} met {intro} who was hiding from the {thing}.
-? {intro} did not dare to go home because of the {thing}.
+? {hero} met {intro} who was afraid of the {thing}.
+? There {hero} found {intro} who was hiding from the {thing}.
+? Next to {hero} sat {intro} who did not dare to go home because of the {thing}.
 + {hero} sat down beside {other} and sang a [soft|happy] song.
 + {hero} stayed with {other} until the fear was gone.
 + "I am here, the {thing} can not hurt you," said {hero}, and {he} held {other} close.
@@ -194,9 +196,9 @@ GRAMMAR = """
 - {hero} told {other} a lie about the {thing} to make it worse.
 
 [leg foot knee arm nose back]
-? {intro} had fallen down and hurt {its} {thing}.
-? There {he} met {intro} who could not play, because {its} {thing} hurt.
-? {intro} sat on a stone and held {its} {thing}.
+? {hero} met {intro} who had fallen down and hurt {its} {thing}.
+? There {hero} saw {intro} who could not play, because {its} {thing} hurt.
+? Not far from {hero}, {intro} sat on a stone and held {its} {thing}.
 + {hero} washed the {thing} and put a clean cloth around it.
 + {hero} brought {other} some cool water for the {thing}.
 + "Let me help you," said {hero}, and {he} carried {other} home.
@@ -207,9 +209,9 @@ GRAMMAR = """
 - "Stop crying, you baby," said {hero}.
 
 [cake card present crown pie]
-? It was the birthday of {intro}, but there was no {thing}.
-? There {he} met {intro} who had a birthday and no {thing}.
-? {intro} did not get a {thing} for {its} birthday.
+? {hero} met {intro} and heard that it was a birthday without a {thing}.
+? There {hero} met {intro} who had a birthday but no {thing}.
+? {hero} heard that {intro} did not get a {thing} for {its} birthday.
 + {hero} made a [big|lovely] {thing} for {other}.
 + {hero} ran home and brought {other} a birthday {thing}.
 + "Happy birthday," said {hero}, and {he} gave {other} a {thing}.
@@ -220,9 +222,9 @@ GRAMMAR = """
 - "You will never get a {thing}," said {hero}.
 
 [sea castle ship lighthouse tower fair stars]
-? {intro} had always wished to see the {thing}.
-? There {he} met {intro} who dreamed of the {thing} every night.
-? {intro} wanted to see the {thing} but did not dare to go there.
+? {hero} met {intro} who had always wished to see the {thing}.
+? There {hero} met {intro} who dreamed of the {thing} every night.
+? Then {intro} told {hero} about a dream to see the {thing}.
 + {hero} took {other} to see the {thing}.
 + "Let us go together," said {hero}, and they [walked|ran] to see the {thing}.
 + {hero} made a lovely picture of the {thing} for {other}.
@@ -340,14 +342,14 @@ def _sentence(pattern: str, slots: dict[str, str], rng: random.Random) -> str:
 
 
 KIND_ACTS = re.compile(
-    r"\b(help|helped|brought|gave|shared|please have|climbed|lifted|freed|wrapped|kept|you can have|fixed|mended|together"
-    r"|asked|first turn|play with me|carried|led|showed|sang a|stayed with|close|washed|made a|happy birthday|to see the"
-    r"|thank you|so happy|smiled|friends|hug|flower|shell|invited|felt sorry|comforted|kind word)\b"
+    r"\b(help|helped|brought|gave|shared|please have|climbed|lifted|freed|wrapped|kept|you can have|fixed|mended"
+    r"|together|asked|first turn|play with me|carried|led|showed|sang a|stayed with|close|washed|made a|happy birthday"
+    r"|to see the|thank you|so happy|smiled|friends|hug|flower|shell|invited|felt sorry|comforted|kind word)\b"
 )
 UNKIND_ACTS = re.compile(
-    r"\b(hid|lie|laughed|not care|nothing|go away|threw|ruined|would not|worse|stupid|can not play|bad names|baby|pushed"
-    r"|kicked|weak|wrong way|in the dark|fool|scary|poked|cry|crying|nobody|empty box|never|without|tears|sad|alone|mean"
-    r"|shouted|broke|not for)\b"
+    r"\b(hid|lie|laughed|not care|nothing|go away|threw|ruined|would not|worse|stupid|can not play|bad names|baby"
+    r"|pushed|kicked|weak|wrong way|in the dark|fool|scary|poked|cry|crying|nobody|empty box|never|without|tears|sad"
+    r"|alone|mean|shouted|broke|not for)\b"
 )
 """The phrases that the reader notices in a sentence in lower case."""
 SENTENCE_BREAK = re.compile(r'(?<=[.!?])\s+(?=[A-Z"])|(?<=[.!?]")\s+(?=[A-Z"])')

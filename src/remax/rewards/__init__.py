@@ -50,7 +50,7 @@ def score(functions: Sequence[RewardFunction], weights: Sequence[float], complet
 
 def _total(values: Sequence[float | None], weights: Sequence[float]) -> float:
     applying = [(weight, value) for weight, value in zip(weights, values, strict=True) if value is not None]
-    return _finite(sum(weight * _finite(value) for weight, value in applying) if applying else None)
+    return _finite(sum(weight * value for weight, value in applying) if applying else None)
 
 
 def _finite(value: float | None) -> float:
