@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -232,9 +233,16 @@ def make_accelerator(bf16: bool, report_to: Sequence[str] = (), output_dir: str 
     """Returns the device, precision and trackers of a run.
 
     Raises:
-        UserError: several processes were started.
+        UserError: a tracker is not installed, or several processes were started.
     """
     trackers = [name for name in report_to if name != "none"]
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in trackers:
+        if name not in available:
+            raise UserError(
+                f"--report_to is {name}: that is no tracker that is installed here, so nothing would be tracked; "
+                f"set {' or '.join(available)}, or none."
+            )
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no", log_with=trackers or None, project_dir=output_dir
     )
