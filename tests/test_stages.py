@@ -263,7 +263,7 @@ def test_loss_is_over_the_right_tokens_of_every_format(name: str, base: str, out
 
 def test_answer_and_its_end_are_learned_and_the_run_is_complete(base: str, out: Path) -> None:
     rows = dataset(*[{"prompt": "q: ", "completion": "yes"}, {"prompt": "say it: ", "completion": "no"}] * 4)
-    metrics = run_sft(SFTConfig(output_dir=str(out), max_steps=40, **QUICK), base, rows)
+    metrics = run_sft(SFTConfig(output_dir=str(out), max_steps=25, **{**QUICK, "learning_rate": 1e-2}), base, rows)
     losses = [record["loss"] for record in records(out / "metrics.jsonl")]
     assert losses[-1] < 0.1 < 3 < losses[0]
     assert metrics == {"loss": pytest.approx(np.mean(losses), rel=1e-5)}
@@ -316,10 +316,17 @@ def test_adapter_of_sft_is_merged(base: str, out: Path) -> None:
     assert again["eval/loss"] == pytest.approx(metrics["eval/loss"], abs=1e-5)
 
 
-def test_cut_examples_keep_their_start(base: str, out: Path) -> None:
+def test_cut_examples_keep_their_start_and_are_counted(
+    base: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = SFTConfig(output_dir=str(out), max_steps=1, max_length=6, **{**QUICK, "learning_rate": 1e-12})
     rows = dataset({"text": "abcdefghij"})
     metrics = run_sft(config, base, rows, rows)
+    told = "1 of 1 examples reach 6 tokens, where they are cut: such do not teach how to end."
+    assert capsys.readouterr().out.splitlines()[0] == told
+    assert json.loads((out / "eval.json").read_text()) == {
+        name: metrics[f"eval/{name}"] for name in ("loss", "perplexity")
+    }
     ids = [BOS, *characters("abcde")]
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(base)(torch.tensor([ids])).logits[0]
@@ -395,10 +402,11 @@ def test_examples_that_cannot_be_used(rows: list[dict[str, Any]], said: str, bas
     assert not out.exists()
 
 
-def test_limits_that_leave_nothing_to_learn_from(base: str, out: Path) -> None:
+def test_limits_that_leave_nothing_to_learn_from(base: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = SFTConfig(output_dir=str(out), max_length=3, **QUICK)
     with pytest.raises(UserError, match=r"^--max_length is 3: no example of --train_dataset is left; set a larger one"):
         run_sft(config, base, dataset({"prompt": "a long prompt", "completion": "b"}))
+    assert capsys.readouterr().out == "1 of 1 examples were dropped: their prompts alone fill 3 tokens.\n"
     with pytest.raises(UserError, match=r"^--max_length is 3: no pair of --train_dataset is that short"):
         run_reward(RewardConfig(output_dir=str(out), max_length=3, **QUICK), base, ROWS)
     assert not out.exists()

@@ -75,9 +75,11 @@ def run_sft(
     own_forward = vars(base).get("forward")
 
     def make_trainer() -> Any:
-        return trl.SFTTrainer(
+        trainer = trl.SFTTrainer(
             model, arguments, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer
         )
+        _say_what_is_cut(trainer.train_dataset, len(train_dataset), arguments.max_length)
+        return trainer
 
     trainer, loss = train(make_trainer, folder, config, settings)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -91,9 +93,10 @@ def run_sft(
         say("No --eval_dataset was given: nothing held-out was measured.")
     else:
         eval_loss = token_loss(model, trainer.eval_dataset, trainer.data_collator, arguments.eval_batch_size)
-        metrics |= {"eval/loss": eval_loss, "eval/perplexity": math.exp(min(eval_loss, 700.0))}
-        write_evaluation(folder, metrics)
-        say(f"Held-out: loss {eval_loss:.4f} nats per token, perplexity {metrics['eval/perplexity']:.2f}.")
+        quality = {"loss": eval_loss, "perplexity": math.exp(min(eval_loss, 700.0))}
+        metrics |= {f"eval/{name}": value for name, value in quality.items()}
+        write_evaluation(folder, quality)
+        say(f"Held-out: loss {eval_loss:.4f} nats per token, perplexity {quality['perplexity']:.2f}.")
     if PartialState().is_main_process:
         ids = sorted({*eos_token_ids(base.generation_config, tokenizer), *stop_ids})
         save_model(model, tokenizer, folder.model, eos_token_ids=ids)
@@ -101,6 +104,13 @@ def run_sft(
         folder.write_model_card(folder.model, base_model=base_name, title="Fine-tuned model", lines=lines)
     say(f"The model is in {folder.model}.")
     return metrics
+
+
+def _say_what_is_cut(prepared: Any, number: int, max_length: int) -> None:
+    if dropped := number - len(prepared):
+        say(f"{dropped} of {number} examples were dropped: their prompts alone fill {max_length} tokens.")
+    if cut := sum(len(ids) >= max_length for ids in prepared["input_ids"]):
+        say(f"{cut} of {number} examples reach {max_length} tokens, where they are cut: such do not teach how to end.")
 
 
 def as_examples(dataset: Any, *, flag: str) -> Any:
