@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 from toy_tokenizers import BOS, EOS, PAD, VOCAB_SIZE, toy_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from remax.batching import collate
 from remax.config import ReMaxConfig
 from remax.errors import UserError
 from remax.trainer import ReMaxTrainer
@@ -270,6 +271,20 @@ def test_the_folder_of_a_run(tmp_path: Path) -> None:
     card = (folder / "model" / "README.md").read_text()
     assert "ReMax" in card
     assert json.loads((folder / "model" / "generation_config.json").read_text())["eos_token_id"] == EOS
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"dtype": "bfloat16"}], ids=["autocast", "weights"])
+def test_bfloat16_runs_and_keeps_logprobs_in_float32(tmp_path: Path, settings: dict[str, Any]) -> None:
+    policy().save_pretrained(tmp_path / "policy")
+    toy_tokenizer("<s> $A", bos_token="<s>").save_pretrained(tmp_path / "policy")
+    trainer = make_trainer(tmp_path / "out", model=str(tmp_path / "policy"), beta=0.1, **settings)
+    record = trainer.step(trainer.order.batch(1), 1)
+    weights = next(trainer.parts.policy.parameters())
+    assert weights.dtype == (torch.bfloat16 if "dtype" in settings else torch.float32)
+    assert record.logprob_difference.max() < 0.5, "bfloat16 has three digits"
+    batch = collate(record.rollout.samples, PAD, torch.device("cpu"))
+    with trainer.accelerator.autocast():
+        assert trainer.policy(batch, trainer.parts.sampling).logprobs.dtype == torch.float32
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -243,6 +244,8 @@ def make_accelerator(bf16: bool, report_to: Sequence[str] = (), output_dir: str 
                 f"--report_to is {name}: that is no tracker that is installed here, so nothing would be tracked; "
                 f"set {' or '.join(available)}, or none."
             )
+    # The precision of a former run in this process would be kept otherwise; transformers' Trainer does the same.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no", log_with=trackers or None, project_dir=output_dir
     )

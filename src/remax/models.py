@@ -260,8 +260,8 @@ def add_adapter(model: Any, config: ModelOptions) -> Any:
         ) from error
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UserError(
-            f"--lora_target_modules is {config.lora_target_modules}: log-probabilities are computed from the weight of "
-            "the output embedding, so an adapter there would not be trained; leave that layer out."
+            f"--lora_target_modules is {config.lora_target_modules}: that includes the output embedding, which many "
+            "models share with the input embedding, so its adapter could not be merged; leave that layer out."
         )
     return adapted
 

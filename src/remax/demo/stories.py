@@ -32,8 +32,8 @@ PLACES = (
     *("by the lake", "in the village", "on the road to town", "at the market", "near the bridge", "behind the school"),
 )
 
-# Every trouble names the hero again: a small model learns to copy a name from there long before it learns to find it in
-# the first sentence.
+# Every trouble names hero and thing again: a small model learns to copy them from there long before it learns to find
+# them in the first sentence.
 GRAMMAR = """
 [outings]
 . {when}, {hero} was [walking|playing|sitting] {place}{luggage}.
@@ -74,7 +74,7 @@ GRAMMAR = """
 - But soon {hero} shouted at {other} for no reason.
 - But in the end, {hero} broke a promise and left {other} all alone.
 
-[hat ball doll scarf ring key button bell book]
+[hat ball doll scarf ring book]
 ? There {hero} met {intro} who had lost {its} {colour} {thing}.
 ? {hero} saw {intro} who was [looking everywhere|searching in the grass] for {its} {colour} {thing}.
 ? Under a tree, {hero} found {intro} whose {colour} {thing} was gone.
@@ -87,10 +87,10 @@ GRAMMAR = """
 - {hero} found the {thing}, but {he} kept it and told a lie.
 - "I do not care about your {thing}," said {hero}.
 
-[apples berries cookies nuts pears plums cherries muffins]
+[apples berries cookies nuts pears]
 & with a [basket|bag] of [sweet|fresh] {thing}
-? {hero} met {intro} who had [nothing to eat|not eaten all day].
-? There {hero} saw {intro} who was very hungry.
+? {hero} met {intro} who had no {thing} and nothing to eat.
+? There {hero} saw {intro} who was [very|so] hungry and wanted some {thing}.
 ? Then {intro} came to {hero} and looked at the {thing}.
 + {hero} gave [half|most] of the {thing} to {other}.
 + {hero} shared the {thing} with {other} until both were full.
@@ -101,7 +101,7 @@ GRAMMAR = """
 - "The {thing} are mine, go away," said {hero}.
 - {hero} threw the [last|best] {thing} into the mud and laughed at {other}.
 
-[kite balloon ball hat scarf ribbon]
+[kite balloon ball hat scarf]
 ? There {hero} met {intro} whose {colour} {thing} was stuck in a tree.
 ? {hero} saw how the wind blew the {colour} {thing} of {intro} into a [tall|high] tree.
 ? {hero} saw {intro} who could not reach {its} {colour} {thing} in a [tall|high] tree.
@@ -114,10 +114,10 @@ GRAMMAR = """
 - {hero} shook the tree and laughed at {other} when the {thing} fell into the mud.
 - {hero} pulled the {thing} down and would not give it back.
 
-[coat blanket scarf shawl jacket cloak]
+[coat blanket scarf cloak]
 & with {his} [warm|thick|soft] {thing}
-? {hero} saw {intro} who was [shaking|standing] in the cold [rain|wind].
-? There {hero} met {intro} who was wet and cold.
+? {hero} saw {intro} who had no {thing} in the cold [rain|wind].
+? There {hero} met {intro} who was [wet and|very] cold without a {thing}.
 ? It began to rain, and {hero} met {intro} who had no {thing}.
 + {hero} wrapped the {thing} around {other}.
 + {hero} made room under the {thing} and kept {other} [warm|dry].
@@ -128,7 +128,7 @@ GRAMMAR = """
 - {hero} splashed cold water on {other} and laughed.
 - "You look stupid," said {hero}, and {he} would not share the {thing}.
 
-[cart boat chair wagon drum swing lamp]
+[cart boat drum doll lamp]
 ? {hero} saw {intro} who was sitting beside a broken {thing}.
 ? There {hero} met {intro} whose {colour} {thing} had broken in two.
 ? {hero} met {intro} who had dropped {its} {colour} {thing}, and now it was broken.
@@ -141,11 +141,11 @@ GRAMMAR = """
 - "What a stupid {thing}," said {hero}.
 - {hero} took the last good piece of the {thing} and would not give it back.
 
-[ball kite drum rope puzzle game sled]
+[ball kite drum doll boat]
 & with {his} [new|big|best] {thing}
-? Next to {hero} sat {intro} who had nobody to play with.
-? There {hero} saw {intro} who [sat|stood] there with no friends.
-? Then {intro} came to {hero} and wanted to play too.
+? Next to {hero} sat {intro} who had no {thing} and nobody to play with.
+? There {hero} saw {intro} who [sat|stood] there with no friends and looked at the {thing}.
+? Then {intro} came to {hero} and wanted to play with the {thing} too.
 + {hero} asked {other} to play with the {thing} too.
 + {hero} let {other} have the first turn with the {thing}.
 + "Come and play with me," said {hero}, and held out the {thing}.
@@ -155,7 +155,7 @@ GRAMMAR = """
 - {hero} hid the {thing} and called {other} [a baby|bad names].
 - {hero} threw the {thing} at {other} and laughed.
 
-[basket box sack bag bucket log pumpkin]
+[basket box bag bucket log]
 ? {hero} saw {intro} who was trying to carry a heavy {thing} [up the road|over the stones|home].
 ? There {hero} met {intro} who had a very heavy {thing}.
 ? Near {hero}, {intro} had to stop and rest, because {its} {thing} was too heavy.
@@ -168,11 +168,11 @@ GRAMMAR = """
 - "You are too weak," said {hero}.
 - {hero} put stones on the {thing} to make it worse and laughed at {other}.
 
-[map lantern lamp candle torch]
+[map lamp lantern candle]
 & with a [small|good] {thing}
-? {hero} met {intro} who did not know the way home.
-? There {hero} saw {intro} who had lost the way.
-? It was getting dark, and {hero} met {intro} who could not find {its} house.
+? {hero} met {intro} who did not know the way home and had no {thing}.
+? There {hero} saw {intro} who had lost the way without a {thing}.
+? It was getting dark, and {hero} met {intro} who could not get home without a {thing}.
 + {hero} held up the {thing} and led {other} all the way home.
 + {hero} showed {other} the right way with the {thing}.
 + "You can have my {thing}," said {hero}, and {he} went along with {other}.
@@ -182,7 +182,7 @@ GRAMMAR = """
 - {hero} hid the {thing} and left {other} in the dark.
 - "Find it without me, you fool," said {hero}.
 
-[thunder storm wind noise lightning]
+[thunder storm wind noise]
 ? {hero} met {intro} who was afraid of the {thing}.
 ? There {hero} found {intro} who was hiding from the {thing}.
 ? Next to {hero} sat {intro} who did not dare to go home because of the {thing}.
@@ -195,7 +195,7 @@ GRAMMAR = """
 - "Only a baby is afraid of the {thing}," said {hero}.
 - {hero} told {other} a lie about the {thing} to make it worse.
 
-[leg foot knee arm nose back]
+[leg foot arm nose]
 ? {hero} met {intro} who had fallen down and hurt {its} {thing}.
 ? There {hero} saw {intro} who could not play, because {its} {thing} hurt.
 ? Not far from {hero}, {intro} sat on a stone and held {its} {thing}.
@@ -208,7 +208,7 @@ GRAMMAR = """
 - {hero} laughed at {other} and {its} {thing}.
 - "Stop crying, you baby," said {hero}.
 
-[cake card present crown pie]
+[cake card present book]
 ? {hero} met {intro} and heard that it was a birthday without a {thing}.
 ? There {hero} met {intro} who had a birthday but no {thing}.
 ? {hero} heard that {intro} did not get a {thing} for {its} birthday.
@@ -221,7 +221,7 @@ GRAMMAR = """
 - {hero} gave {other} an empty box and called it a {thing}.
 - "You will never get a {thing}," said {hero}.
 
-[sea castle ship lighthouse tower fair stars]
+[sea castle ship tower]
 ? {hero} met {intro} who had always wished to see the {thing}.
 ? There {hero} met {intro} who dreamed of the {thing} every night.
 ? Then {intro} told {hero} about a dream to see the {thing}.
