@@ -28,7 +28,7 @@ from remax.stages.sft import run_sft
 from remax.trainer import ReMaxTrainer
 
 EOS, PAD = "<eos>", "<pad>"
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 1280
 NUM_POSITIONS = 256
 MAX_COMPLETION_LENGTH = 80
 CHOICE_TEMPERATURE = 1.0
@@ -49,6 +49,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--output_dir is {out}: it is not empty, a demo would be mixed with it; set a new folder.")
     started = time.perf_counter()
+    # The tensors are so small that more threads would only wait for each other.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
     with _stage("1/4  A language model learns to tell stories, kind and unkind alike (supervised fine-tuning)."):
         corpus = make_corpus(config.num_stories, config.seed)
@@ -120,12 +122,13 @@ def tiny_llama(tokenizer: Any, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=96,
+            hidden_size=64,
             intermediate_size=192,
-            num_hidden_layers=3,
-            num_attention_heads=4,
+            num_hidden_layers=2,
+            num_attention_heads=2,
             max_position_embeddings=NUM_POSITIONS,
             tie_word_embeddings=True,
+            initializer_range=0.1,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -142,7 +145,7 @@ def sft_config(config: DemoConfig, out: Path) -> SFTConfig:
     return SFTConfig(
         output_dir=str(out / "sft"),
         max_steps=config.sft_steps,
-        batch_size=64,
+        batch_size=16,
         max_length=NUM_POSITIONS,
         learning_rate=5e-3,
         warmup_steps=0.05,

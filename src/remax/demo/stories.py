@@ -133,8 +133,8 @@ GRAMMAR = """
 ? There {hero} met {intro} whose {colour} {thing} had broken in two.
 ? {hero} met {intro} who had dropped {its} {colour} {thing}, and now it was broken.
 + {hero} [fixed|mended] the {thing} with some [string|glue|nails].
-+ {hero} and {other} worked together until the {thing} was as good as new.
-+ {hero} gave {other} a new {thing}.
++ {hero} and {other} worked together until the {thing} was [fine again|better than before].
++ "I can fix it," said {hero}, and {he} gave {other} the {thing} as good as new.
 = {hero} walked around the {thing} and looked at the sky.
 = {hero} had once seen a {thing} like that in a shop.
 - {hero} kicked the {thing} and made it worse.
