@@ -448,13 +448,13 @@ class DemoConfig(Options):
     """Folder for models, curves and samples; it must not hold a demo already."""
     seed: int = 0
     """Seed of everything: stories, weights, sampling, the annotators' noise."""
-    num_stories: int = 8000
+    num_stories: int = 5000
     """Stories of the corpus that the language model is trained on."""
-    sft_steps: int = 500
+    sft_steps: int = 520
     """Steps of supervised fine-tuning, of 16 stories each."""
-    num_pairs: int = 2000
+    num_pairs: int = 1500
     """Pairs of the model's own samples that the hidden scorer labels."""
-    reward_steps: int = 100
+    reward_steps: int = 80
     """Steps of reward model training, of 32 pairs each."""
     max_steps: int = 60
     """ReMax steps, of 64 prompts each."""

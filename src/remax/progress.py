@@ -58,13 +58,10 @@ class _Clock:
     def __init__(self, max_steps: int) -> None:
         self.max_steps = max_steps
         self.started = time.monotonic()
-        self.first_step = -1
 
     def read(self, step: int) -> tuple[float, str]:
         """Returns seconds per step and the time left as text."""
-        if self.first_step < 0:
-            self.first_step = step - 1
-        per_step = (time.monotonic() - self.started) / max(step - self.first_step, 1)
+        per_step = (time.monotonic() - self.started) / step
         minutes, seconds = divmod(round(per_step * (self.max_steps - step)), 60)
         hours, minutes = divmod(minutes, 60)
         return per_step, f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -24,6 +24,8 @@ from remax.objective import remax_loss
 from remax.progress import View, default_view
 from remax.recording import RunFolder
 
+SHOWN_OF_EVALUATION = ("reward", "reward/greedy", "kl", "completions/mean_length")
+
 
 class ReMaxTrainer:
     """Trains a policy with ReMax. The constructor's arguments are those of TRL's GRPOTrainer and RLOOTrainer."""
@@ -57,7 +59,8 @@ class ReMaxTrainer:
             eval_dataset: held-out prompts, likewise.
             processing_class: the policy's tokenizer, by default the one beside the model.
             reward_processing_classes: tokenizers of the reward models; None for functions and for a model's own.
-            callbacks: transformers.TrainerCallback objects; they get this trainer's ReMaxConfig as args.
+            callbacks: transformers.TrainerCallback objects; they get this trainer's ReMaxConfig as args, and
+                on_evaluate gets the Evaluation as evaluation.
             peft_config: a peft config, instead of the LoRA settings in args.
             rollout_engine: makes the engine that draws completions from the policy; by default the embedded one.
             view: shows the progress; by default a panel in a terminal and plain lines elsewhere.
@@ -234,15 +237,14 @@ class ReMaxTrainer:
         if not self.parts.eval_prompts:
             return
         step = self.state.global_step
-        evaluation = {f"eval/{name}": value for name, value in self.evaluate().means().items()}
-        self.folder.append("eval.jsonl", [{"step": step, **evaluation}])
-        self.view.note(
-            f"evaluation after step {step}: "
-            + "  ".join(f"{name.removeprefix('eval/')} {value:.3g}" for name, value in evaluation.items())
-        )
-        self._log(evaluation)
-        self._notify("on_evaluate", metrics=evaluation)
-        metric = evaluation.get(self.args.metric_for_best_model)
+        evaluation = self.evaluate()
+        metrics = {f"eval/{name}": value for name, value in evaluation.means().items()}
+        self.folder.append("eval.jsonl", [{"step": step, **metrics}])
+        shown = (f"{name} {metrics[f'eval/{name}']:.3g}" for name in SHOWN_OF_EVALUATION if f"eval/{name}" in metrics)
+        self.view.note(f"evaluation after step {step}: {'  '.join(shown)}")
+        self._log(metrics)
+        self._notify("on_evaluate", metrics=metrics, evaluation=evaluation)
+        metric = metrics.get(self.args.metric_for_best_model)
         if metric is not None and (self.state.best_metric is None or metric > self.state.best_metric):
             self.state.best_metric, self.state.best_global_step = metric, step
             if self.args.save_best_model and step > 0:

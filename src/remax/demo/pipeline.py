@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from remax.config import DemoConfig, ModelOptions, ReMaxConfig, RewardConfig, SFTConfig
 from remax.data import decode_completions
 from remax.demo.results import Measurement, plot_curves, print_results
 from remax.demo.stories import Story, choose, gold_score, held_out_prompts, make_corpus
 from remax.errors import UserError
-from remax.evaluate import bootstrap_interval
+from remax.evaluate import Evaluation, bootstrap_interval
 from remax.interfaces import Prompt, Sampling
 from remax.models import load_policy, load_tokenizer
 from remax.rollout.embedded import EmbeddedEngine
@@ -30,7 +30,7 @@ from remax.trainer import ReMaxTrainer
 EOS, PAD = "<eos>", "<pad>"
 VOCAB_SIZE = 1280
 NUM_POSITIONS = 256
-MAX_COMPLETION_LENGTH = 80
+MAX_COMPLETION_LENGTH = 64
 CHOICE_TEMPERATURE = 1.0
 """How noisy the hidden scorer's choices are, in points of the gold score."""
 NUM_HELD_OUT_PAIRS = 400
@@ -49,8 +49,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--output_dir is {out}: it is not empty, a demo would be mixed with it; set a new folder.")
     started = time.perf_counter()
-    # The tensors are so small that more threads would only wait for each other.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    # The tensors are so small that a second thread saves little, and waits long where another program has its core.
+    torch.set_num_threads(1)
 
     with _stage("1/4  A language model learns to tell stories, kind and unkind alike (supervised fine-tuning)."):
         corpus = make_corpus(config.num_stories, config.seed)
@@ -69,10 +69,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     with _stage("3/4  ReMax trains the language model against the reward model; it never sees the hidden reader."):
         prompts = held_out_prompts(config.num_eval_prompts, config.seed, {story.prompt for story in corpus})
-        trainer = make_trainer(config, out, corpus, prompts)
-        before = measure(trainer, config.seed)
-        trainer.train()
-        after = measure(trainer, config.seed)
+        reader = HiddenReader(config.seed)
+        make_trainer(config, out, corpus, prompts, reader).train()
+        before, after = reader.measurements
 
     with _stage("4/4  The result, on openings that no model has seen."):
         print_results(prompts, before, after)
@@ -109,7 +108,6 @@ def train_tokenizer(corpus: Sequence[Story]) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator((story.prompt + story.continuation for story in corpus), trainer)
@@ -147,7 +145,7 @@ def sft_config(config: DemoConfig, out: Path) -> SFTConfig:
         max_steps=config.sft_steps,
         batch_size=16,
         max_length=NUM_POSITIONS,
-        learning_rate=5e-3,
+        learning_rate=8e-3,
         warmup_steps=0.05,
         adam_beta2=0.99,
         seed=config.seed,
@@ -191,7 +189,27 @@ def choose_pairs(config: DemoConfig, model_folder: Path, corpus: Sequence[Story]
     return pairs
 
 
-def make_trainer(config: DemoConfig, out: Path, corpus: Sequence[Story], held_out: Sequence[str]) -> ReMaxTrainer:
+class HiddenReader(TrainerCallback):  # type: ignore[misc]
+    """Reads what the policy writes for the held-out openings, before and after training, and keeps its opinion."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.measurements: list[Measurement] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, evaluation: Evaluation, **kwargs: Any) -> None:
+        samples = evaluation.rollout.samples
+        gold = np.array([gold_score(str(c.prompt.content), c.text) for c in samples])
+        values = {"gold score": gold, "kind stories": (gold > 1).astype(float)}
+        names = {"learned reward": "reward", "KL": "kl", "length": "completions/mean_length"}
+        values |= {title: evaluation.values[name] for title, name in names.items()}
+        means = {name: float(column.mean()) for name, column in values.items()}
+        intervals = {name: bootstrap_interval(column, seed=self.seed) for name, column in values.items()}
+        self.measurements.append(Measurement(means, intervals, [c.text for c in samples]))
+
+
+def make_trainer(
+    config: DemoConfig, out: Path, corpus: Sequence[Story], held_out: Sequence[str], reader: HiddenReader
+) -> ReMaxTrainer:
     """Returns the ReMax trainer: openings of the corpus as prompts, the learned reward model as the only reward."""
     return ReMaxTrainer(
         str(out / "sft" / "model"),
@@ -211,19 +229,5 @@ def make_trainer(config: DemoConfig, out: Path, corpus: Sequence[Story], held_ou
         ),
         train_dataset=Dataset.from_list([{"prompt": story.prompt} for story in corpus]),
         eval_dataset=Dataset.from_list([{"prompt": prompt} for prompt in held_out]),
-    )
-
-
-def measure(trainer: ReMaxTrainer, seed: int) -> Measurement:
-    """Returns the policy's figures on the held-out openings, the hidden reader's opinion among them."""
-    evaluation = trainer.evaluate()
-    samples = evaluation.rollout.samples
-    gold = np.array([gold_score(str(c.prompt.content), c.text) for c in samples])
-    values = {"gold score": gold, "kind stories": (gold > 1).astype(float)}
-    names = {"learned reward": "reward", "KL": "kl", "length": "completions/mean_length"}
-    values |= {title: evaluation.values[name] for title, name in names.items()}
-    return Measurement(
-        {name: float(column.mean()) for name, column in values.items()},
-        {name: bootstrap_interval(column, seed=seed) for name, column in values.items()},
-        [c.text for c in samples],
+        callbacks=[reader],
     )

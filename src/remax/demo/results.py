@@ -39,9 +39,7 @@ def print_results(prompts: Sequence[str], before: Measurement, after: Measuremen
     for title in ("", "before", "after", "unit"):
         figures.add_column(title)
     for name, unit in UNITS.items():
-        cells = [
-            f"{m.means[name]:.2f} ({m.intervals[name][0]:.2f} to {m.intervals[name][1]:.2f})" for m in (before, after)
-        ]
+        cells = [_figure(m.means[name], *m.intervals[name]) for m in (before, after)]
         figures.add_row(name, *cells, unit)
     console.print(figures)
 
@@ -49,9 +47,14 @@ def print_results(prompts: Sequence[str], before: Measurement, after: Measuremen
     for title in ("opening", "before", "after"):
         stories.add_column(title, ratio=1)
     for prompt, *continuations in list(zip(prompts, before.completions, after.completions, strict=True))[:NUM_SHOWN]:
-        stories_cells = [Text(f"{text.strip()} [{gold_score(prompt, text):+.1f}]") for text in continuations]
-        stories.add_row(Text(prompt), *stories_cells)
+        texts = [Text(f"{text.strip()} [{gold_score(prompt, text):+.1f}]") for text in continuations]
+        stories.add_row(Text(prompt), *texts)
     console.print(stories)
+
+
+def _figure(mean: float, low: float, high: float) -> str:
+    mean, low, high = (round(value, 2) + 0.0 for value in (mean, low, high))  # no "-0.00"
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
 def plot_curves(run: Path, path: Path) -> None:
