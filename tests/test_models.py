@@ -33,6 +33,7 @@ from remax.models import (
     load_reward_model,
     load_tokenizer,
     new_reward_model,
+    quiet,
     save_model,
 )
 from tiny_models import tiny_model
@@ -159,9 +160,9 @@ def test_adapter_that_cannot_be_trained_is_refused(modules: list[str], folder: s
 
 
 def test_adapter_folder_gives_its_base_with_the_adapter_merged(policy: Any, folder: str, tmp_path: Path) -> None:
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    )
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    with quiet():
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
     stir(adapted)
     adapted.save_pretrained(str(tmp_path / "adapter"))
     name = str(tmp_path / "adapter")
