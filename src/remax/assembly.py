@@ -29,7 +29,7 @@ from remax.config import (
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer
-from remax.rewards import CallableReward, RewardModel, resolve_weights, score
+from remax.rewards import CallableReward, RewardModel, require_chat_template, resolve_weights, score
 from remax.rollout.embedded import EmbeddedEngine
 
 NEUTRAL_GENERATION = {
@@ -145,7 +145,13 @@ def assemble(
         eval_prompts = eval_prompts[: args.num_eval_prompts]
 
     accelerator = make_accelerator(args.bf16, args.report_to, args.output_dir)
-    reward_functions = load_rewards(rewards, reward_processing_classes, args.reward_batch_size, accelerator.device)
+    reward_functions = load_rewards(
+        rewards,
+        reward_processing_classes,
+        args.reward_batch_size,
+        accelerator.device,
+        conversational=_conversational(prompts),
+    )
     policy = load_policy(model, args, peft_config).to(accelerator.device)
     check_context(policy, [*prompts, *eval_prompts], args.max_completion_length)
     engine = rollout_engine(policy) if rollout_engine else embedded_engine(policy, tokenizer, args)
@@ -176,7 +182,9 @@ def assemble_evaluation(inputs: EvaluateInputs, reward_funcs: Any, args: Evaluat
     prompts = load_prompts(inputs.eval_dataset, inputs.eval_split, tokenizer, args, flag="--eval_dataset")
     prompts = prompts[: args.num_eval_prompts]
     accelerator = make_accelerator(args.bf16)
-    reward_functions = load_rewards(rewards, None, args.reward_batch_size, accelerator.device)
+    reward_functions = load_rewards(
+        rewards, None, args.reward_batch_size, accelerator.device, conversational=_conversational(prompts)
+    )
     options = ModelOptions(dtype=args.dtype, attn_implementation=args.attn_implementation)
     policy = load_policy(inputs.model, options).to(accelerator.device)
     check_context(policy, prompts, args.max_completion_length)
@@ -278,16 +286,22 @@ def load_prompts(source: Any, split: str, tokenizer: Any, args: PromptOptions, *
 
 
 def load_rewards(
-    rewards: Sequence[Any], tokenizers: Any, batch_size: int, device: torch.device
+    rewards: Sequence[Any], tokenizers: Any, batch_size: int, device: torch.device, *, conversational: bool
 ) -> list[RewardFunction]:
-    """Returns one RewardFunction per entry: a name or model becomes a RewardModel, a callable a CallableReward."""
+    """Returns one RewardFunction per entry: a name or model becomes a RewardModel, a callable a CallableReward.
+
+    Raises:
+        UserError: a reward model cannot be used; for conversational prompts, also if it has no chat template.
+    """
     tokenizers = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers] * len(rewards)
     loaded: list[RewardFunction] = []
     for reward, tokenizer in zip(rewards, tokenizers, strict=True):
         if isinstance(reward, str | nn.Module):
             name = reward if isinstance(reward, str) else _name_of(reward)
-            model = models.load_reward_model(reward, flag="--reward_model") if isinstance(reward, str) else reward
             tokenizer = tokenizer or models.load_tokenizer(name, flag="--reward_model")
+            if conversational:
+                require_chat_template(tokenizer, flag="--reward_model")
+            model = models.load_reward_model(reward, flag="--reward_model") if isinstance(reward, str) else reward
             short = Path(name).parent.name if Path(name).name == "model" else Path(name).name
             loaded.append(RewardModel(model.to(device), tokenizer, name=short or "reward_model", batch_size=batch_size))
         elif isinstance(reward, CallableReward | RewardModel):
@@ -295,6 +309,10 @@ def load_rewards(
         else:
             loaded.append(CallableReward(reward))
     return loaded
+
+
+def _conversational(prompts: Sequence[Prompt]) -> bool:
+    return not isinstance(prompts[0].content, str)
 
 
 def load_policy(model: Any, args: ModelOptions, peft_config: Any = None) -> Any:

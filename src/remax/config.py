@@ -87,7 +87,7 @@ class OutputOptions(Options):
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers, as Accelerate names them (tensorboard, wandb, mlflow, ...); 'none' for none."""
     logging_steps: int = 1
-    """Steps between two lines of metrics on the terminal and in the trackers (metrics.jsonl has every step)."""
+    """Steps between two lines of metrics on the terminal (metrics.jsonl has every step)."""
 
     def _check(self) -> None:
         self._require(self.logging_steps > 0, "logging_steps", "nothing would be logged", "1 or more")

@@ -62,9 +62,11 @@ class RunFolder:
             for record in records:
                 file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
 
-    def write_model_card(self, folder: Path, *, base_model: str, title: str, lines: Iterable[str]) -> None:
+    def write_model_card(
+        self, folder: Path, *, base_model: str, title: str, lines: Iterable[str], task: str = "text-generation"
+    ) -> None:
         """Writes the README.md that the Hugging Face hub shows for a model."""
-        front = {"library_name": "transformers", "tags": ["remax"], "pipeline_tag": "text-generation"}
+        front = {"library_name": "transformers", "tags": ["remax"], "pipeline_tag": task}
         if not Path(base_model).exists() and "/" in base_model:
             front["base_model"] = base_model
         versions = ", ".join(f"{name} {version(name)}" for name in ("remax-rlhf", "transformers", "torch", "trl"))

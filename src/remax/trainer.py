@@ -24,6 +24,11 @@ from remax.objective import remax_loss
 from remax.progress import View, default_view
 from remax.recording import RunFolder
 
+SHOWN_OF_SETTINGS = (
+    *("train_dataset", "reward_model", "reward_funcs", "batch_size", "learning_rate", "beta", "kl_mode"),
+    *("max_completion_length", "temperature", "top_p", "top_k", "seed"),
+)
+"""What the model card lists; config.yaml has everything."""
 SHOWN_OF_EVALUATION = ("reward", "reward/greedy", "kl", "completions/mean_length")
 
 
@@ -196,9 +201,18 @@ class ReMaxTrainer:
         models.save_model(
             self.parts.policy, self.parts.tokenizer, folder, eos_token_ids=self.parts.sampling.eos_token_ids
         )
-        self.folder.write_model_card(
-            folder, base_model=self.parts.model_name, title=f"{Path(self.parts.model_name).name} after ReMax", lines=[]
-        )
+        name, settings = self.parts.model_name, self.run_config
+        shown = {key: settings[key] for key in SHOWN_OF_SETTINGS if settings.get(key)}
+        lines = [
+            f"`{name}` trained for {self.state.global_step} steps with ReMax (REINFORCE with the reward of the greedy "
+            "completion as baseline, [arXiv 2310.10505](https://arxiv.org/abs/2310.10505)) by "
+            f"remax. Rewards: {', '.join(function.name for function in self.parts.reward_functions)}.",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in shown.items()),
+        ]
+        self.folder.write_model_card(folder, base_model=name, title="Model after ReMax", lines=lines)
 
     def _recorded_step(self, step: int) -> dict[str, float]:
         started = time.perf_counter()
@@ -227,8 +241,8 @@ class ReMaxTrainer:
             self.folder.append("completions.jsonl", completion_records(record, step))
         self.state.global_step, self.state.epoch = step, metrics["epoch"]
         self._notify("on_step_end")
+        self._log(metrics)
         if step % self.args.logging_steps == 0 or step == self.max_steps:
-            self._log(metrics)
             self.view.update(metrics, record.rollout.samples[0])
         return metrics
 

@@ -18,6 +18,7 @@ from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_r
 from remax.recording import RunFolder
 from remax.rewards import RewardModel, require_chat_template, reward_input_ids
 from remax.stages.common import (
+    name_of,
     position_limit,
     run_settings,
     say,
@@ -80,7 +81,7 @@ def run_reward(
         require_chat_template(tokenizer, flag="--model")
 
     transformers.set_seed(config.seed)
-    settings = run_settings(config, model, run_config)
+    base_name, settings = name_of(model), run_settings(config, model, run_config)
     model = _prepared(model, config, tokenizer)
     limit = position_limit(model, config)
     train_pairs = tokenise_pairs(train_dataset, tokenizer, limit, flag="--train_dataset")
@@ -102,6 +103,14 @@ def run_reward(
         say(_summary(quality))
     if PartialState().is_main_process:
         save_model(model, tokenizer, folder.model)
+        lines = [
+            f"`{base_name}` with one output, trained on {len(train_pairs.chosen_ids)} pairs of texts.",
+            "A finished text is scored with its EOS token.",
+            *([_summary(quality)] if eval_pairs is not None else []),
+        ]
+        folder.write_model_card(
+            folder.model, base_model=base_name, title="Reward model", lines=lines, task="text-classification"
+        )
     say(f"The reward model is in {folder.model}.")
     return metrics
 
