@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_models import tiny_model
-from toy_tokenizers import CHATML, EOS, VOCAB_SIZE, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from remax.cli import main
 from remax.commands import COMMANDS
 from remax.config import ReMaxConfig
+from tiny_models import tiny_model
+from toy_tokenizers import CHATML, EOS, VOCAB_SIZE, toy_tokenizer
 
 REWARD_FILE = """
 def vowels(completions, **kwargs):
@@ -156,7 +156,7 @@ def test_config_file_and_flags(world: Path, tmp_path: Path, capsys: Any) -> None
     assert main(["train", *train_flags(world, first, beta=0.3, top_p=0.8)]) == 0
     saved = yaml.safe_load((first / "config.yaml").read_text())
     assert saved["beta"] == 0.3
-    assert set(saved) >= {f for f in ReMaxConfig.__dataclass_fields__}
+    assert set(saved) >= set(ReMaxConfig.__dataclass_fields__)
     config = str(first / "config.yaml")
     assert main(["train", "--config", config, "--output_dir", str(second)]) == 0
     assert (first / "completions.jsonl").read_bytes() == (second / "completions.jsonl").read_bytes()

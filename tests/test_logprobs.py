@@ -3,12 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 from remax.batching import collate, split_by_tokens
 from remax.interfaces import Completion, Prompt, Sampling
 from remax.logprobs import CompletionScorer, warp_logits
 from remax.rollout.embedded import EmbeddedEngine
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 CPU = torch.device("cpu")
 PLAIN = Sampling(16, ())

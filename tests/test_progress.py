@@ -39,7 +39,8 @@ def test_the_panel_shows_progress_first_and_current_values_phases_and_a_sample()
     panel.stop()
     panel.stop()
     text = shown.export_text()
-    for part in ("step 2/10", "left", "s/step", "4,321 tokens/s", "-0.125", "0.875", "rollout 0.50 s", "a tale", "[link]"):
+    parts = ("step 2/10", "left", "s/step", "4,321 tokens/s", "-0.125", "0.875", "rollout 0.50 s", "[link]")
+    for part in parts:
         assert part in text, part
     assert "a tale" in text, "samples change only every few seconds"
 

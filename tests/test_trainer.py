@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import tiny_model
-from toy_tokenizers import BOS, EOS, PAD, VOCAB_SIZE, toy_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from remax.batching import collate
 from remax.config import ReMaxConfig
 from remax.errors import UserError
 from remax.trainer import ReMaxTrainer
+from tiny_models import tiny_model
+from toy_tokenizers import BOS, EOS, PAD, VOCAB_SIZE, toy_tokenizer
 
 PROMPTS = ["ab", "a cat", "the dog sat", "x", "once upon", "hello there", "no", "tea at five"]
 
