@@ -83,7 +83,7 @@ def test_chunks_change_neither_values_nor_gradients() -> None:
     (whole, whole_gradient), (chunked, chunked_gradient) = results
     for a, b in zip(whole, chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    assert (whole_gradient - chunked_gradient).norm() / whole_gradient.norm() < 1e-6
+    assert (whole_gradient - chunked_gradient).norm() / whole_gradient.norm() < 1e-5
     assert whole_gradient.norm() > 0.1
 
 

@@ -49,7 +49,7 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 
 def assert_close(first: torch.Tensor, second: torch.Tensor) -> None:
-    assert (first - second).abs().max() < 1e-5 * second.abs().max()
+    assert (first - second).abs().max() < 1e-4 * second.abs().max()
 
 
 def stir(model: nn.Module) -> None:
