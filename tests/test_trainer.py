@@ -119,6 +119,39 @@ def test_a_step_depends_on_neither_micro_batches_nor_row_order_nor_padding(
         assert (other_weights - weights).norm() / weights.norm() < 1e-6, name
 
 
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_every_step_takes_the_mean_over_its_whole_batch(tmp_path: Path, aggregation: str) -> None:
+    """Against plain forward passes of single sequences; the second step shows that no gradient is left over."""
+    trainer = make_trainer(
+        tmp_path / "out",
+        model=calm_policy(1),
+        loss_aggregation=aggregation,
+        beta=0.0,
+        num_generations=2,
+        micro_batch_tokens=30,
+    )
+    model = trainer.parts.policy
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in (1, 2):
+        before = [p.detach().clone() for p in model.parameters()]
+        record = trainer.step(trainer.order.batch(step), step)
+        after = [p.detach().clone() for p in model.parameters()]
+        model.load_state_dict(dict(zip(dict(model.named_parameters()), before, strict=True)), strict=False)
+        samples = record.rollout.samples
+        objective = torch.zeros(())
+        for row, sample in enumerate(samples):
+            ids = torch.tensor([sample.prompt.token_ids + sample.token_ids])
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)[len(sample.prompt.token_ids) - 1 :]
+            drawn = logprobs.gather(-1, torch.tensor(sample.token_ids).unsqueeze(-1)).sum()
+            objective = objective + record.advantages[row] * drawn
+        count = len(samples) if aggregation == "sequence" else sum(len(c.token_ids) for c in samples)
+        gradients = torch.autograd.grad(objective / count, list(model.parameters()))
+        assert sum(g.abs().sum() for g in gradients) > 0.1
+        for start, end, gradient in zip(before, after, gradients, strict=True):
+            torch.testing.assert_close(end, start + 0.1 * gradient, rtol=1e-5, atol=1e-6)
+        model.load_state_dict(dict(zip(dict(model.named_parameters()), after, strict=True)), strict=False)
+
+
 def test_several_samples_share_one_greedy_baseline(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "out", num_generations=3)
     record = trainer.step(trainer.order.batch(1), 1)
@@ -140,6 +173,9 @@ def test_greedy_rows_are_not_trained_on_and_do_not_depend_on_sampling(tmp_path: 
     rollouts = [t.parts.roll_out(prompts, num_samples=1, seed=t.args.seed, step=1) for t in (first, second)]
     assert [c.token_ids for c in rollouts[0].greedy] == [c.token_ids for c in rollouts[1].greedy]
     assert [c.token_ids for c in rollouts[0].samples] != [c.token_ids for c in rollouts[1].samples]
+    for change in ({"seed": 2}, {"step": 2}):
+        other = first.parts.roll_out(prompts, **{"num_samples": 1, "seed": 1, "step": 1, **change})
+        assert [c.token_ids for c in rollouts[0].samples] != [c.token_ids for c in other.samples]
 
 
 def test_rows_without_a_reward_are_left_out_and_their_pairs_with_them(tmp_path: Path) -> None:
