@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+DEMO_DIR := remax-demo
 
 .PHONY: help demo test test-slow lint format clean
 
@@ -16,7 +17,8 @@ help:
 	@echo "make clean      remove the environment and all caches"
 
 demo: $(READY)
-	$(BIN)/remax demo
+	rm -rf $(DEMO_DIR)
+	$(BIN)/remax demo --output_dir $(DEMO_DIR)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"

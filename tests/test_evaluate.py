@@ -78,7 +78,7 @@ def test_references_of_conversations() -> None:
 
 def test_without_texts_there_is_no_perplexity() -> None:
     tokenizer = toy_tokenizer("$A")
-    with pytest.raises(UserError, match="--x has the columns prompt: there is no text"):
+    with pytest.raises(UserError, match="--x has the columns prompt: there are no texts"):
         load_references(Dataset.from_list([{"prompt": "a"}]), tokenizer, flag="--x", max_length=None)
     with pytest.raises(UserError, match="no text has at most 3 tokens"):
         load_references(Dataset.from_list([{"text": "abcdef"}]), tokenizer, flag="--x", max_length=3)

@@ -89,7 +89,15 @@ class Components:
 
     def score(self, rollout: Rollout) -> Rewards:
         """Returns the rewards of all samples and of their baselines, from one call of every reward function."""
-        scores = score(self.reward_functions, self.reward_weights, _rows(rollout))
+        rows = _rows(rollout)
+        scores = score(self.reward_functions, self.reward_weights, rows)
+        columns = {name: values for f in self._callables() for name, values in f.pop_extra().items()}
+        for name, values in columns.items():
+            if len(values) != len(rows):
+                raise UserError(
+                    f"log_extra of column {name} got {len(values)} values: there are {len(rows)} completions, so they "
+                    "cannot be told apart; log one value per completion."
+                )
         num_samples = len(rollout.samples)
         total = torch.tensor(scores.total)
         sampled, greedy = total[:num_samples], total[num_samples:]
@@ -99,7 +107,7 @@ class Components:
             {name: torch.tensor(values[:num_samples]) for name, values in scores.by_function.items()},
             greedy,
             {name: value for f in self._callables() for name, value in f.pop_metrics().items()},
-            {name: values[:num_samples] for f in self._callables() for name, values in f.pop_extra().items()},
+            {name: values[:num_samples] for name, values in columns.items()},
         )
 
     def show_state(self, state: Any) -> None:
@@ -140,6 +148,10 @@ def assemble(
             f"fill one step; set --batch_size {len(prompts)} or less, or give more prompts."
         )
     eval_prompts = []
+    if args.eval_steps and eval_dataset is None:
+        raise UserError(
+            f"--eval_steps is {args.eval_steps}: without --eval_dataset there is nothing to evaluate on; set both."
+        )
     if eval_dataset is not None:
         eval_prompts = load_prompts(eval_dataset, args.eval_split, tokenizer, args, flag="--eval_dataset")
         eval_prompts = eval_prompts[: args.num_eval_prompts]
@@ -233,7 +245,7 @@ def _name_of(model: Any) -> str:
     return str(model.config._name_or_path)
 
 
-def embedded_engine(policy: Any, tokenizer: Any, args: SamplingOptions) -> RolloutEngine:
+def embedded_engine(policy: Any, tokenizer: Any, args: ScoringOptions) -> RolloutEngine:
     """Returns the engine that decodes with the policy itself."""
     return EmbeddedEngine(policy, pad_token_id=tokenizer.pad_token_id, max_rows=args.rollout_batch_size)
 
@@ -294,6 +306,11 @@ def load_rewards(
         UserError: a reward model cannot be used; for conversational prompts, also if it has no chat template.
     """
     tokenizers = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers] * len(rewards)
+    if len(tokenizers) != len(rewards):
+        raise UserError(
+            f"reward_processing_classes has {len(tokenizers)} entries: there are {len(rewards)} rewards; pass one for "
+            "each, None for functions."
+        )
     loaded: list[RewardFunction] = []
     for reward, tokenizer in zip(rewards, tokenizers, strict=True):
         if isinstance(reward, str | nn.Module):
@@ -302,6 +319,11 @@ def load_rewards(
             if conversational:
                 require_chat_template(tokenizer, flag="--reward_model")
             model = models.load_reward_model(reward, flag="--reward_model") if isinstance(reward, str) else reward
+            if getattr(model.config, "num_labels", 0) != 1 or hasattr(model, "lm_head"):
+                raise UserError(
+                    f"reward_funcs has a {type(model).__name__}: that is no reward model, which has one label; pass a "
+                    "sequence classification model with one label, or a function."
+                )
             short = Path(name).parent.name if Path(name).name == "model" else Path(name).name
             loaded.append(RewardModel(model.to(device), tokenizer, name=short or "reward_model", batch_size=batch_size))
         elif isinstance(reward, CallableReward | RewardModel):
@@ -318,6 +340,8 @@ def _conversational(prompts: Sequence[Prompt]) -> bool:
 def load_policy(model: Any, args: ModelOptions, peft_config: Any = None) -> Any:
     """Returns the policy without dropout, in training mode only where gradient checkpointing needs that."""
     policy = model
+    if args.dtype == "bfloat16" and not args.use_peft and peft_config is None:
+        print("--dtype bfloat16 trains weights of three digits: small updates vanish; --bf16 keeps float32 weights.")
     if isinstance(model, str):
         base_options = replace(args, use_peft=False) if peft_config is not None else args
         policy = models.load_policy(model, base_options, flag="--model")
@@ -333,8 +357,8 @@ def load_policy(model: Any, args: ModelOptions, peft_config: Any = None) -> Any:
 
 
 def load_reference(policy: Any) -> CompletionScorer:
-    """Returns the policy as it is now: with an adapter, itself with the adapter off; else a frozen copy."""
-    if isinstance(policy, PeftModel):
+    """Returns the policy as it is now: with a new adapter, itself with the adapter off; else a frozen copy."""
+    if isinstance(policy, PeftModel) and models.adapter_is_new(policy):
         return CompletionScorer(policy, adapters=False)
     return CompletionScorer(models.copy_as_reference(policy))
 

@@ -18,7 +18,8 @@ class Batch:
     """Prompts with their completions, padded on the right.
 
     Padding on the right keeps every position id what it is without padding, and no token of a causal model sees what
-    follows it: no attention mask is needed, and nothing depends on which id the padding has.
+    follows it, so nothing depends on which id the padding has. (The attention mask is for models that count positions
+    by it.)
     """
 
     input_ids: Tensor

@@ -6,8 +6,10 @@ the command's help.
 """
 
 import difflib
+import os
+import types
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from remax.errors import UserError
 
@@ -63,6 +65,9 @@ class Options:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
         for group in type(self).__mro__:
             if check := vars(group).get("_check"):
                 check(self)
@@ -74,6 +79,34 @@ class Options:
 
     def _check(self) -> None:
         """Checks the group's own fields."""
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """Returns the value as the type that a field has: a path as text, a single text as a list of one.
+
+    Raises:
+        UserError: it is of another type, or none of the choices.
+    """
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Literal:
+        choices = [str(choice) for choice in get_args(hint)]
+        if value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            advice = f"did you mean {close[0]}" if close else f"set one of {', '.join(choices)}"
+            raise UserError(f"--{name} is {value}: that is not one of {', '.join(choices)}; {advice}.")
+        return value
+    if get_origin(hint) is list:
+        return [value] if isinstance(value, str) else list(value)
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    accepted = (int, float) if hint is float else hint
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+        raise UserError(f"--{name} is {value!r}: that is not {words[hint]}; set one.")
+    return value
 
 
 @dataclass(frozen=True)
@@ -90,6 +123,7 @@ class OutputOptions(Options):
     """Steps between two lines of metrics on the terminal (metrics.jsonl has every step)."""
 
     def _check(self) -> None:
+        self._require(0 <= self.seed < 2**32, "seed", "no generator takes it", "a number from 0 to 2^32 - 1")
         self._require(self.logging_steps > 0, "logging_steps", "nothing would be logged", "1 or more")
 
 
@@ -118,6 +152,15 @@ class OptimiserOptions(Options):
         self._require(self.learning_rate > 0, "learning_rate", "nothing would be learned", "a rate such as 1e-6")
         self._require(self.max_grad_norm >= 0, "max_grad_norm", "no norm is negative", "a bound, or 0 for no clipping")
         self._require(self.warmup_steps >= 0, "warmup_steps", "no warm-up is negative", "steps, or a fraction below 1")
+        self._require(
+            not self.warmup_steps or self.lr_scheduler_type != "constant",
+            "warmup_steps",
+            "--lr_scheduler_type constant would ignore it",
+            "--lr_scheduler_type constant_with_warmup",
+        )
+        self._require(self.weight_decay >= 0, "weight_decay", "weights would grow", "0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._require(0 <= getattr(self, name) < 1, name, "no average has such a decay", "a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -125,7 +168,7 @@ class PrecisionOptions(Options):
     """Precision"""
 
     dtype: DType = "float32"
-    """Type of the weights that are loaded and trained."""
+    """Type of the weights that are loaded and trained. Small updates vanish in bfloat16; see --bf16."""
     bf16: bool = False
     """Forward and backward in bfloat16 autocast over the weights of --dtype (the usual mixed precision)."""
     attn_implementation: str | None = None
@@ -151,6 +194,8 @@ class ModelOptions(PrecisionOptions):
 
     def _check(self) -> None:
         self._require(self.lora_r > 0, "lora_r", "the adapter would have no weights", "1 or more")
+        self._require(self.lora_alpha > 0, "lora_alpha", "the adapter would have no effect", "1 or more")
+        self._require(0 <= self.lora_dropout < 1, "lora_dropout", "no such probability exists", "a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -190,31 +235,31 @@ class SamplingOptions(Options):
     """Nucleus sampling; the policy is then the truncated distribution, in the gradient too."""
     top_k: int = 0
     """Sample among the k likeliest tokens; 0 for no limit. In the gradient too."""
-    rollout_batch_size: int = 0
-    """Most rows decoded at once; 0 for all of a step's rows together."""
 
     def _check(self) -> None:
         self._require(self.max_completion_length > 0, "max_completion_length", "nothing is generated", "1 or more")
         self._require(self.temperature > 0, "temperature", "nothing can be sampled (greedy rows come anyway)", "1.0")
         self._require(0 < self.top_p <= 1, "top_p", "there is no such nucleus", "a number in (0, 1]")
         self._require(self.top_k >= 0, "top_k", "there is no such limit", "0 for no limit")
-        self._require(self.rollout_batch_size >= 0, "rollout_batch_size", "no row can be decoded", "0 for no limit")
 
 
 @dataclass(frozen=True)
 class ScoringOptions(Options):
-    """Scoring"""
+    """Rewards and batches"""
 
     reward_weights: list[float] = field(default_factory=list)
     """Weights of the rewards, --reward_model first, then --reward_funcs in order; by default all 1."""
     reward_batch_size: int = 64
     """Completions scored at once by a reward model."""
+    rollout_batch_size: int = 0
+    """Most rows decoded at once; 0 for all of a step's rows together. Changes memory and speed, not the result."""
     micro_batch_tokens: int = 16384
     """Most tokens, padding included, in one pass of policy or reference; changes memory and speed, not the result."""
     num_eval_prompts: int = 256
     """Prompts of --eval_dataset that are used, from its start."""
 
     def _check(self) -> None:
+        self._require(self.rollout_batch_size >= 0, "rollout_batch_size", "no row can be decoded", "0 for no limit")
         for name in ("micro_batch_tokens", "reward_batch_size", "num_eval_prompts"):
             self._require(getattr(self, name) > 0, name, "nothing would be processed", "1 or more")
 
@@ -448,9 +493,9 @@ class DemoConfig(Options):
     """Folder for models, curves and samples; it must not hold a demo already."""
     seed: int = 0
     """Seed of everything: stories, weights, sampling, the annotators' noise."""
-    num_stories: int = 5000
+    num_stories: int = 6000
     """Stories of the corpus that the language model is trained on."""
-    sft_steps: int = 520
+    sft_steps: int = 600
     """Steps of supervised fine-tuning, of 16 stories each."""
     num_pairs: int = 1500
     """Pairs of the model's own samples that the hidden scorer labels."""
@@ -464,3 +509,11 @@ class DemoConfig(Options):
     def _check(self) -> None:
         for name in ("num_stories", "sft_steps", "num_pairs", "reward_steps", "max_steps", "num_eval_prompts"):
             self._require(getattr(self, name) > 0, name, "nothing would be trained or measured", "1 or more")
+        self._require(self.num_stories >= 64, "num_stories", "a ReMax step takes 64 openings", "64 or more")
+        self._require(self.num_pairs >= 300, "num_pairs", "200 of them are held out", "300 or more")
+        self._require(
+            self.num_pairs <= self.num_stories,
+            "num_pairs",
+            f"each needs an opening of its own, and --num_stories is {self.num_stories}",
+            f"{self.num_stories} or less",
+        )

@@ -26,6 +26,9 @@ Floats = NDArray[np.float64]
 EVALUATION_STEP = -1
 """Keys the sampling noise of evaluations: the same every time, and never that of a training step."""
 
+PROMPTS_AT_ONCE = 64
+"""How many prompts `remax evaluate` rolls out together."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -50,14 +53,16 @@ class Evaluation:
 
 
 def evaluate_policy(
-    parts: Components, prompts: Sequence[Prompt], *, num_samples: int, seed: int, max_tokens: int
+    parts: Components, prompts: Sequence[Prompt], *, num_samples: int, seed: int, prompts_at_once: int, max_tokens: int
 ) -> Evaluation:
     """Returns how the policy does on these prompts, sampled and greedy.
 
     The KL is the mean log-ratio of the samples to the reference, in nats per sequence; the policy's side of it are the
     log-probabilities of the rollout.
     """
-    rollout = parts.roll_out(prompts, num_samples=num_samples, seed=seed, step=EVALUATION_STEP)
+    chunks = [prompts[start : start + prompts_at_once] for start in range(0, len(prompts), prompts_at_once)]
+    rollouts = [parts.roll_out(chunk, num_samples=num_samples, seed=seed, step=EVALUATION_STEP) for chunk in chunks]
+    rollout = Rollout([c for r in rollouts for c in r.samples], [c for r in rollouts for c in r.greedy])
     rewards = parts.score(rollout)
 
     def per_prompt(values: Any) -> Floats:
@@ -125,13 +130,20 @@ def evaluate_checkpoint(
     Raises:
         UserError: a model, a dataset or a reward cannot be used.
     """
+    source = _reference_dataset(inputs)
     parts = assemble_evaluation(inputs, rewards, args)
-    references = _references(inputs, parts)
+    references: list[Completion] = []
+    if source is not None:
+        limit = getattr(parts.policy.config.get_text_config(), "max_position_embeddings", None)
+        dataset, flag = source
+        dataset = dataset.select(range(min(len(dataset), args.num_eval_prompts)))
+        references = data.load_references(dataset, parts.tokenizer, flag=flag, max_length=limit)
     evaluation = evaluate_policy(
         parts,
         parts.eval_prompts,
         num_samples=args.num_generations,
         seed=args.seed,
+        prompts_at_once=PROMPTS_AT_ONCE,
         max_tokens=args.micro_batch_tokens,
     )
     intervals = evaluation.intervals(args.seed)
@@ -153,16 +165,14 @@ def evaluate_checkpoint(
     return results
 
 
-def _references(inputs: EvaluateInputs, parts: Components) -> list[Completion]:
-    """Returns the texts whose perplexity is asked for, or none if the evaluation prompts come without answers."""
-    source, flag = inputs.perplexity_dataset, "--perplexity_dataset"
-    if source is None:
-        source, flag = inputs.eval_dataset, "--eval_dataset"
-    dataset = data.load_records(source, inputs.eval_split, flag=flag)
-    if inputs.perplexity_dataset is None and not data.has_references(dataset.column_names):
-        return []
-    limit = getattr(parts.policy.config.get_text_config(), "max_position_embeddings", None)
-    return data.load_references(dataset, parts.tokenizer, flag=flag, max_length=limit)
+def _reference_dataset(inputs: EvaluateInputs) -> tuple[Any, str] | None:
+    """Returns the texts whose perplexity is asked for, or None if the evaluation prompts come without answers."""
+    if inputs.perplexity_dataset is not None:
+        dataset = data.load_records(inputs.perplexity_dataset, inputs.eval_split, flag="--perplexity_dataset")
+        data.check_references(dataset, flag="--perplexity_dataset")
+        return dataset, "--perplexity_dataset"
+    dataset = data.load_records(inputs.eval_dataset, inputs.eval_split, flag="--eval_dataset")
+    return (dataset, "--eval_dataset") if data.has_references(dataset) else None
 
 
 def _print_table(model: str, results: Mapping[str, Any], num_prompts: int) -> None:

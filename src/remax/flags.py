@@ -97,22 +97,29 @@ def _normalised(prog: str, arguments: Sequence[str], hints: dict[str, Any]) -> l
         if name == "print_config":
             result.append(token)
         elif get_origin(hints.get(name)) is list:
+            if not given:
+                raise UserError(f"--{name} has no value: nothing was run; set one or more.")
             if len(given) == 1 and given[0].startswith("["):
-                given = [str(item) for item in yaml.safe_load(given[0])]
+                given = [str(item) for item in _yaml(name, given[0])]
             lists.setdefault(name, []).extend(given)
-        elif given or hints[name] is bool:
+        elif given or hints.get(name) is bool:
             if name == "config":
                 _check_yaml(prog, given[0], hints)
             result.append(f"--{name}={given[0] if given else 'true'}")
         else:
-            raise UserError(f"--{name} has no value: nothing was run; set {_description(hints.get(name))}.")
-    return result + [f"--{name}={json.dumps(_typed(items, hints[name]))}" for name, items in lists.items()]
+            advice = f"set {_description(hints.get(name))}, as --{name}=VALUE if it starts with --"
+            raise UserError(f"--{name} has no value: nothing was run; {advice}.")
+    for name, items in lists.items():
+        values = [_yaml(name, item) for item in items] if get_args(hints[name]) == (float,) else items
+        result.append(f"--{name}={json.dumps(values)}")
+    return result
 
 
-def _typed(items: list[str], hint: Any) -> list[Any]:
-    if get_args(hint) == (float,):
-        return [yaml.safe_load(item) for item in items]
-    return list(items)
+def _yaml(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--{name} is {text}: that cannot be read; set values with spaces between them.") from None
 
 
 def _check_yaml(prog: str, path: str, hints: dict[str, Any]) -> None:

@@ -120,6 +120,7 @@ def completion_records(record: StepRecord, step: int) -> list[dict[str, Any]]:
         greedy = record.rollout.greedy[row // per_prompt]
         records.append(
             {
+                **{name: values[row] for name, values in record.rewards.columns.items()},
                 "step": step,
                 "prompt_index": sample.prompt.index,
                 "sample_index": sample.sample_index,
@@ -132,7 +133,6 @@ def completion_records(record: StepRecord, step: int) -> list[dict[str, Any]]:
                 "rewards": {name: values[row].item() for name, values in record.rewards.sampled_by_function.items()},
                 "length": len(sample.token_ids),
                 "truncated": sample.truncated,
-                **{name: values[row] for name, values in record.rewards.columns.items()},
             }
         )
     return records

@@ -266,6 +266,12 @@ def add_adapter(model: Any, config: ModelOptions) -> Any:
     return adapted
 
 
+def adapter_is_new(policy: Any) -> bool:
+    """Whether the model with its LoRA adapter is the model without: all B matrices are still zero."""
+    matrices = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]
+    return bool(matrices) and not any(parameter.any() for parameter in matrices)
+
+
 def copy_as_reference(policy: nn.Module) -> Any:
     """Returns a frozen copy of the policy as it is now, in evaluation mode: pi_ref of the KL (section 2.1)."""
     return copy.deepcopy(policy).requires_grad_(False).eval()

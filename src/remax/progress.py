@@ -49,7 +49,7 @@ def default_view() -> View:
 
 def printable(text: str) -> str:
     """Returns the text without control characters: a completion must not be able to steer the terminal."""
-    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class _Clock:

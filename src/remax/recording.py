@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -12,6 +13,9 @@ import yaml
 
 from remax.errors import UserError
 
+RUN_FILES = ("metrics.jsonl", "config.yaml", "evaluation.json", "eval.jsonl", "model")
+"""What tells that a folder holds a run."""
+
 
 class RunFolder:
     """The output directory of one run."""
@@ -20,18 +24,25 @@ class RunFolder:
         """Checks that the folder can take a run; creates nothing yet.
 
         Raises:
-            UserError: there is a file at that path, or the folder holds a run already.
+            UserError: there is a file at that path, nothing can be written there, or the folder holds a run already.
         """
         self.path = Path(output_dir)
+        self._check()
+        self._before = set(self.path.iterdir()) if self.path.exists() else None
+
+    def _check(self) -> None:
+        output_dir = self.path
+        ancestor = next(parent for parent in (self.path.absolute(), *self.path.absolute().parents) if parent.exists())
+        if not os.access(ancestor, os.W_OK) or (not ancestor.is_dir() and ancestor != self.path.absolute()):
+            raise UserError(f"--output_dir is {output_dir}: nothing can be written in {ancestor}; set another folder.")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output_dir is {output_dir}: that is a file; set the path of a new folder.")
-        held = next((name for name in ("metrics.jsonl", "config.yaml", "model") if (self.path / name).exists()), None)
+        held = next((name for name in RUN_FILES if (self.path / name).exists()), None)
         if held is not None:
             raise UserError(
                 f"--output_dir is {output_dir}: it already holds a run ({held}), which would be overwritten; "
                 "set a new folder, or delete that one."
             )
-        self._created = not self.path.exists()
 
     @property
     def model(self) -> Path:
@@ -45,22 +56,24 @@ class RunFolder:
 
     def create(self, config: Mapping[str, Any]) -> None:
         """Creates the folder, if it is not there, and writes config.yaml, which `--config` reads back."""
+        self._check()
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
     def discard(self) -> None:
-        """Takes back what `create` made: a run that fails on a user's mistake leaves nothing half-written."""
-        if self._created:
+        """Takes back what the run made: one that fails before its first step is done leaves nothing half-written."""
+        if self._before is None:
             shutil.rmtree(self.path, ignore_errors=True)
-        else:
-            for name in ("config.yaml", "metrics.jsonl", "completions.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
+            return
+        for entry in set(self.path.iterdir()) - self._before:
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
 
     def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends one JSON object a line; numbers that are not finite become null, which every JSON reader takes."""
         with (self.path / name).open("a", encoding="utf-8") as file:
             for record in records:
-                file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
     def write_model_card(
         self, folder: Path, *, base_model: str, title: str, lines: Iterable[str], task: str = "text-generation"

@@ -147,6 +147,11 @@ class ReMaxTrainer:
         limit = args.max_grad_norm or math.inf
         parameters = [p for p in self.parts.policy.parameters() if p.requires_grad]
         record.grad_norm = float(self.accelerator.clip_grad_norm_(parameters, limit)) if rows else 0.0
+        if not math.isfinite(record.grad_norm):
+            raise UserError(
+                f"--learning_rate is {args.learning_rate}: the gradient of step {self.state.global_step + 1} is not "
+                "finite, and a step with it would destroy the weights; set a lower rate, or more --warmup_steps."
+            )
         record.learning_rate = self.lr_scheduler.get_last_lr()[0]
         if rows:
             self.optimizer.step()
@@ -159,7 +164,8 @@ class ReMaxTrainer:
         """Trains, fills the run's folder and returns the metrics of the last step.
 
         Raises:
-            UserError: a reward function cannot be used; if that shows in the first step, nothing stays written.
+            UserError: a reward function cannot be used, or the gradient is not finite. Whatever goes wrong before the
+                first step is done, nothing stays written.
         """
         self.folder.create(self.run_config)
         metrics: dict[str, float] = {}
@@ -177,14 +183,17 @@ class ReMaxTrainer:
             self._evaluate()
             self.save_model(self.folder.model)
             self._notify("on_train_end")
-        except UserError:
+        except BaseException:
+            self._close()
             if self.state.global_step == 0:
                 self.folder.discard()
             raise
-        finally:
-            self.view.stop()
-            self.accelerator.end_training()
+        self._close()
         return metrics
+
+    def _close(self) -> None:
+        self.view.stop()
+        self.accelerator.end_training()
 
     def evaluate(self) -> Evaluation:
         """Returns how the policy does on the evaluation prompts: one sample each, and greedy."""
@@ -193,6 +202,7 @@ class ReMaxTrainer:
             self.parts.eval_prompts,
             num_samples=1,
             seed=self.args.seed,
+            prompts_at_once=self.args.batch_size,
             max_tokens=self.args.micro_batch_tokens,
         )
 
@@ -202,7 +212,7 @@ class ReMaxTrainer:
             self.parts.policy, self.parts.tokenizer, folder, eos_token_ids=self.parts.sampling.eos_token_ids
         )
         name, settings = self.parts.model_name, self.run_config
-        shown = {key: settings[key] for key in SHOWN_OF_SETTINGS if settings.get(key)}
+        shown = {key: settings[key] for key in SHOWN_OF_SETTINGS if settings.get(key) not in (None, [])}
         lines = [
             f"`{name}` trained for {self.state.global_step} steps with ReMax (REINFORCE with the reward of the greedy "
             "completion as baseline, [arXiv 2310.10505](https://arxiv.org/abs/2310.10505)) by "
@@ -258,7 +268,13 @@ class ReMaxTrainer:
         self.view.note(f"evaluation after step {step}: {'  '.join(shown)}")
         self._log(metrics)
         self._notify("on_evaluate", metrics=metrics, evaluation=evaluation)
-        metric = metrics.get(self.args.metric_for_best_model)
+        wanted = self.args.metric_for_best_model
+        if wanted.removeprefix("eval/") not in evaluation.values or not wanted.startswith("eval/"):
+            raise UserError(
+                f"--metric_for_best_model is {wanted}: evaluations do not measure that, so no model would be the best; "
+                f"set one of {', '.join(metrics)}."
+            )
+        metric = metrics.get(wanted)
         if metric is not None and (self.state.best_metric is None or metric > self.state.best_metric):
             self.state.best_metric, self.state.best_global_step = metric, step
             if self.args.save_best_model and step > 0:

@@ -7,11 +7,12 @@ in the data is found here, before a model is loaded, and told with the row it is
 from remax.data.loading import load_records
 from remax.data.prompts import prepare_prompts
 from remax.data.records import check_columns, load_preferences
-from remax.data.references import has_references, load_references
+from remax.data.references import check_references, has_references, load_references
 from remax.data.text import check_tokenizer, decode_completions, eos_token_ids
 
 __all__ = [
     "check_columns",
+    "check_references",
     "check_tokenizer",
     "decode_completions",
     "eos_token_ids",

@@ -11,9 +11,23 @@ from remax.interfaces import Completion, Prompt
 ANSWER_COLUMNS = ("completion", "chosen")
 
 
-def has_references(column_names: Sequence[str]) -> bool:
-    """Whether a dataset with these columns has texts to measure: `text`, or `prompt` with `completion` or `chosen`."""
-    return "text" in column_names or any(name in column_names for name in ANSWER_COLUMNS)
+def has_references(dataset: datasets.Dataset) -> bool:
+    """Whether the dataset has texts to measure: `text`, or `prompt` with `completion` or `chosen` of the same kind."""
+    name = _answer_column(dataset.column_names)
+    if name is None:
+        return False
+    rows = dataset.select_columns([column for column in ("prompt", name) if column in dataset.column_names])
+    kinds = {type(value) for row in rows for value in row.values()}
+    return kinds in ({str}, {list})
+
+
+def check_references(dataset: datasets.Dataset, *, flag: str) -> None:
+    """Raises UserError unless the dataset has texts to measure."""
+    if not has_references(dataset):
+        raise UserError(
+            f"{flag} has the columns {', '.join(dataset.column_names)}: there are no texts to measure perplexity on; "
+            "give it a column `text`, or `prompt` with `completion` or `chosen`, all texts or all messages."
+        )
 
 
 def load_references(
@@ -24,18 +38,13 @@ def load_references(
     A `text` follows its own first token (BOS, where the tokenizer has one); an answer follows its prompt.
 
     Raises:
-        UserError: there is no such column, or no text is short enough.
+        UserError: there are no texts, or none is short enough.
     """
-    names = dataset.column_names
-    if not has_references(names):
-        raise UserError(
-            f"{flag} has the columns {', '.join(names)}: there is no text to measure perplexity on; give it a column "
-            "`text`, or `prompt` with `completion` or `chosen`."
-        )
-    answer = next((name for name in ANSWER_COLUMNS if name in names), "text")
+    check_references(dataset, flag=flag)
+    answer = _answer_column(dataset.column_names)
     references = []
     for index, row in enumerate(dataset):
-        prompt = row["prompt"] if "prompt" in names and answer != "text" else None
+        prompt = row["prompt"] if "prompt" in dataset.column_names and answer != "text" else None
         prompt_ids, ids = _split(tokenizer, prompt, row[answer])
         if ids and (max_length is None or len(prompt_ids) + len(ids) <= max_length):
             source = Prompt(index, prompt or "", prompt_ids)
@@ -43,6 +52,10 @@ def load_references(
     if not references:
         raise UserError(f"{flag}: no text has at most {max_length} tokens; give shorter ones.")
     return references
+
+
+def _answer_column(column_names: Sequence[str]) -> str | None:
+    return next((name for name in (*ANSWER_COLUMNS, "text") if name in column_names), None)
 
 
 def _split(tokenizer: Any, prompt: Any, answer: Any) -> tuple[list[int], list[int]]:

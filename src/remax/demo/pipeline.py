@@ -33,7 +33,7 @@ NUM_POSITIONS = 256
 MAX_COMPLETION_LENGTH = 64
 CHOICE_TEMPERATURE = 1.0
 """How noisy the hidden scorer's choices are, in points of the gold score."""
-NUM_HELD_OUT_PAIRS = 400
+NUM_HELD_OUT_PAIRS = 200
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     with _stage("2/4  A hidden reader compares pairs of its stories; a reward model learns from the noisy choices."):
         pairs = choose_pairs(config, out / "sft" / "model", corpus)
-        held_out = Dataset.from_list(pairs[: NUM_HELD_OUT_PAIRS // 2])
+        held_out = Dataset.from_list(pairs[:NUM_HELD_OUT_PAIRS])
         ranking = run_reward(
             reward_config(config, out),
             str(out / "sft" / "model"),
-            Dataset.from_list(pairs[NUM_HELD_OUT_PAIRS // 2 :]),
+            Dataset.from_list(pairs[NUM_HELD_OUT_PAIRS:]),
             held_out,
         )
 

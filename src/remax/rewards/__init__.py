@@ -42,7 +42,7 @@ def score(functions: Sequence[RewardFunction], weights: Sequence[float], complet
         UserError: a function cannot be used.
     """
     columns = [function(completions) for function in functions]
-    total = [_total(values, weights) for values in zip(*columns, strict=True)]
+    total = [_total(values, weights) for values in zip(*columns, strict=True)] or [math.nan] * len(completions)
     names = unique_names(functions)
     by_function = {name: [_finite(value) for value in values] for name, values in zip(names, columns, strict=True)}
     return Scores(total, by_function)
