@@ -111,6 +111,13 @@ def test_train_evaluate_and_chat(world: Path, tmp_path: Path, capsys: Any, monke
     assert len(read_lines(report / "completions.jsonl")) == 16
     assert "perplexity" in capsys.readouterr().out
 
+    bare = ["evaluate", "--model", world / "policy", "--eval_dataset", world / "answers.jsonl"]
+    bare += ["--max_completion_length", 6, "--output_dir", tmp_path / "bare"]
+    assert main([str(part) for part in bare]) == 0, "without rewards, length and perplexity are still measured"
+    results = json.loads((tmp_path / "bare" / "evaluation.json").read_text())["results"]
+    assert "perplexity" in results
+    assert "reward" not in results
+
     inputs = iter(["hello", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(inputs))
     assert main(["chat", "--model", str(out / "model"), "--max_completion_length", "5"]) == 0
@@ -272,6 +279,9 @@ def test_unknown_commands_and_stray_words(capsys: Any) -> None:
     assert "did you mean train" in capsys.readouterr().err
     assert main(["train", "stray"]) == 2
     assert "stray is no flag" in capsys.readouterr().err
+    for flags in (["--config"], ["--reward_weights"], ["--reward_weights", "[1,"]):
+        assert main(["train", *flags]) == 2
+        assert flags[0] in capsys.readouterr().err
     assert main(["train", "--beta"]) == 2
     assert "--beta has no value" in capsys.readouterr().err
     assert main([]) == 0

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from remax.batching import collate
@@ -342,6 +343,51 @@ def test_a_useless_reward_stops_at_the_first_step_and_leaves_nothing(tmp_path: P
     with pytest.raises(UserError, match="returned 1 rewards"):
         make_trainer(tmp_path / "out", lambda completions, **_: [1.0]).train()
     assert not (tmp_path / "out").exists()
+
+
+def test_whatever_fails_in_the_first_step_leaves_an_existing_folder_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+
+    def interrupted(completions: list[str], **_: Any) -> list[float]:
+        raise KeyboardInterrupt
+
+    dataset = Dataset.from_list([{"prompt": p} for p in PROMPTS])
+    trainer = make_trainer(folder, interrupted, report_to=["tensorboard"], eval_dataset=dataset)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "out")
+    before = [p.detach().clone() for p in trainer.parts.policy.parameters()]
+    trainer.parts.policy.lm_head.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(UserError, match=r"--learning_rate is 0.01: the gradient of step 1 is not finite"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parts.policy.parameters(), strict=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trained_adapter_is_its_own_reference(tmp_path: Path) -> None:
+    """Passed as an object, it is the policy as given: the KL starts at 0, not at its distance to the base model."""
+    adapted = get_peft_model(policy(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trainer = make_trainer(tmp_path / "out", model=adapted, beta=0.1)
+    assert trainer.step(trainer.order.batch(1), 1).kl.abs().max() < 1e-4
+
+
+def test_an_unknown_metric_for_the_best_model_is_refused(tmp_path: Path) -> None:
+    dataset = Dataset.from_list([{"prompt": p} for p in PROMPTS])
+    trainer = make_trainer(tmp_path / "out", eval_dataset=dataset, metric_for_best_model="reward")
+    with pytest.raises(UserError, match=r"--metric_for_best_model is reward: .*set one of eval/reward"):
+        trainer.train()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--eval_steps is 2: without --eval_dataset"):
+        make_trainer(tmp_path / "out", eval_steps=2)
 
 
 def test_a_batch_larger_than_the_dataset_is_refused(tmp_path: Path) -> None:
