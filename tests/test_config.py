@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from remax import ReMaxConfig, UserError
-from remax.config import DemoConfig, RewardConfig, SFTConfig
+from remax.config import RewardConfig, SFTConfig
+from remax.demo.settings import DemoConfig
 
 
 @pytest.mark.parametrize(

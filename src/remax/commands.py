@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from remax import config
-from remax.config import Options
+from remax.demo.settings import DemoConfig
+from remax.options import Options
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def run_chat(inputs: config.ChatInputs, args: config.ChatConfig) -> None:
     chat(inputs.model, args)
 
 
-def run_demo(args: config.DemoConfig) -> None:
+def run_demo(args: DemoConfig) -> None:
     """`remax demo`"""
     from remax.demo.pipeline import run_demo
 
@@ -137,7 +138,7 @@ COMMANDS = {
     "demo": Command(
         "Run the whole pipeline on a small world of stories, offline, in about two minutes.",
         "[settings]",
-        (config.DemoConfig,),
+        (DemoConfig,),
         run_demo,
     ),
 }

@@ -11,8 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from remax.config import Options, nearest
 from remax.errors import UserError
+from remax.options import Options, nearest
 
 OWN_FLAGS = ("config", "print_config", "help")
 

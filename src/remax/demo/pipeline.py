@@ -16,9 +16,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from remax.config import DemoConfig, ModelOptions, ReMaxConfig, RewardConfig, SFTConfig
+from remax.config import ModelOptions, ReMaxConfig, RewardConfig, SFTConfig
 from remax.data import decode_completions
 from remax.demo.results import Measurement, plot_curves, print_results
+from remax.demo.settings import DemoConfig
 from remax.demo.stories import Story, choose, gold_score, held_out_prompts, make_corpus
 from remax.errors import UserError
 from remax.evaluate import Evaluation, bootstrap_interval

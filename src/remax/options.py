@@ -1,0 +1,97 @@
+"""What all settings share: unknown names are refused, values have their field's type, groups check themselves."""
+
+import difflib
+import os
+import types
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from remax.errors import UserError
+
+FOREIGN_NAMES = {
+    "per_device_train_batch_size": "batch_size (prompts per step, over all processes)",
+    "generation_batch_size": "batch_size (prompts per step, over all processes)",
+    "per_device_eval_batch_size": "reward_batch_size and rollout_batch_size",
+    "gradient_accumulation_steps": "micro_batch_tokens (the batch is cut into pieces of that many tokens)",
+    "model_init_kwargs": "dtype and attn_implementation, or pass a loaded model",
+    "warmup_ratio": "warmup_steps (a number below 1 is a fraction of the run)",
+    "eval_strategy": "eval_steps",
+    "load_best_model_at_end": "save_best_model",
+    "loss_type": "loss_aggregation",
+    "kl_coef": "beta",
+    "max_length": "max_prompt_length and max_completion_length",
+    "response_length": "max_completion_length",
+    "peft_config": "use_peft with lora_r, lora_alpha and lora_target_modules",
+    "disable_dropout": "nothing (dropout is always off)",
+    "num_iterations": "nothing (one update per batch, strictly on-policy)",
+    "steps_per_generation": "nothing (one update per batch, strictly on-policy)",
+    "epsilon": "nothing (on-policy, so there is no ratio to clip)",
+    "scale_rewards": "nothing (advantages are not normalised)",
+    "reward_model_path": "reward_model",
+    "model_name_or_path": "model",
+    "dataset_name": "train_dataset",
+}
+"""Settings of TRL and other libraries, and what they are called here."""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Returns advice for an unknown setting: our word for it, or the most similar name."""
+    if name in FOREIGN_NAMES:
+        return f"here it is {FOREIGN_NAMES[name]}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}" if close else "see --help for all settings"
+
+
+class Options:
+    """Base of all groups of settings: refuses unknown names, then lets every group check its own fields."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in kwargs:
+            if name not in known:
+                raise UserError(f"{cls.__name__} has no setting {name}: it would be ignored; {nearest(name, known)}.")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
+        for group in type(self).__mro__:
+            if check := vars(group).get("_check"):
+                check(self)
+
+    def _require(self, condition: bool, name: str, consequence: str, instead: str) -> None:
+        """Raises UserError with the project's one sentence for a bad setting unless the condition holds."""
+        if not condition:
+            raise UserError(f"--{name} is {getattr(self, name)}: {consequence}; set {instead}.")
+
+    def _check(self) -> None:
+        """Checks the group's own fields."""
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """Returns the value as the type that a field has: a path as text, a single text as a list of one.
+
+    Raises:
+        UserError: it is of another type, or none of the choices.
+    """
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Literal:
+        choices = [str(choice) for choice in get_args(hint)]
+        if value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            advice = f"did you mean {close[0]}" if close else f"set one of {', '.join(choices)}"
+            raise UserError(f"--{name} is {value}: that is not one of {', '.join(choices)}; {advice}.")
+        return value
+    if get_origin(hint) is list:
+        return [value] if isinstance(value, str) else list(value)
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    accepted = (int, float) if hint is float else hint
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+        raise UserError(f"--{name} is {value!r}: that is not {words[hint]}; set one.")
+    return value
