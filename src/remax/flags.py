@@ -39,7 +39,7 @@ def parse(
     for cls in settings:
         cls_hints = get_type_hints(cls)
         for group, group_fields in _grouped(cls).items():
-            section = parser.add_argument_group(group.__doc__)
+            section = parser.add_argument_group((group.__doc__ or "").rstrip("."))
             docs = {p.arg_name: p.description for p in docstring_parser.parse_from_object(group).params}
             for field in group_fields:
                 hints[field.name] = cls_hints[field.name]
