@@ -23,10 +23,17 @@ FOREIGN_NAMES = {
     "response_length": "max_completion_length",
     "peft_config": "use_peft with lora_r, lora_alpha and lora_target_modules",
     "disable_dropout": "nothing (dropout is always off)",
-    "num_iterations": "nothing (one update per batch, strictly on-policy)",
-    "steps_per_generation": "nothing (one update per batch, strictly on-policy)",
-    "epsilon": "nothing (on-policy, so there is no ratio to clip)",
-    "scale_rewards": "nothing (advantages are not normalised)",
+    "num_iterations": "num_ppo_epochs with --method ppo (the other methods take one update per batch)",
+    "steps_per_generation": "num_mini_batches with --method ppo (the other methods take one update per batch)",
+    "epsilon": "cliprange with --method ppo (the others are on-policy, so there is no ratio to clip)",
+    "scale_rewards": "method (grpo divides by the group's standard deviation, dr_grpo does not)",
+    "gae_lambda": "lam",
+    "vf_coef": "value_learning_rate (the value model has an optimiser of its own)",
+    "init_kl_coef": "beta",
+    "adap_kl_ctrl": "target_kl",
+    "critic_model": "value_model",
+    "critic_learning_rate": "value_learning_rate",
+    "whiten_rewards": "whiten_advantages",
     "reward_model_path": "reward_model",
     "model_name_or_path": "model",
     "dataset_name": "train_dataset",
@@ -55,7 +62,9 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
+            value = getattr(self, f.name)
+            if value is not None or f.default is not None:  # None may stand for what another setting decides
+                object.__setattr__(self, f.name, _typed(f.name, value, hints[f.name]))
         for group in type(self).__mro__:
             if check := vars(group).get("_check"):
                 check(self)

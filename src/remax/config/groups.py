@@ -1,20 +1,10 @@
-"""Every setting of every command: frozen dataclasses, checked when they are made. Imports no torch.
-
-The string beneath a field is its documentation and its `--help`. Names are those of TRL and transformers wherever
-they have the setting. A configuration is the union of the groups it inherits from, and each group is a section of
-the command's help.
-"""
+"""Groups of settings that several commands share; each is a section of their help."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from remax.errors import UserError
 from remax.options import Options
 
-KLMode = Literal["to_go", "one_step", "loss", "none"]
-KLEstimator = Literal["exact", "k2"]
-Aggregation = Literal["sequence", "token"]
-ClipMode = Literal["raw", "difference"]
 DType = Literal["float32", "bfloat16"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
@@ -175,47 +165,6 @@ class ScoringOptions(Options):
 
 
 @dataclass(frozen=True)
-class ObjectiveOptions(Options):
-    """Objective"""
-
-    method: Literal["remax"] = "remax"
-    """The estimator of the policy gradient."""
-    num_generations: int = 1
-    """Sampled completions per prompt, all compared with the one greedy completion."""
-    beta: float = 0.05
-    """Coefficient of KL(policy || reference), in reward per nat; 0 loads no reference."""
-    kl_mode: KLMode = "to_go"
-    """Where the KL enters: to_go (in a token's return, the log-ratios from it on: the unbiased gradient), one_step (its
-    own log-ratio alone, as in the authors' code), loss (as a term of the loss), none (no reference is loaded)."""
-    kl_estimator: KLEstimator = "exact"
-    """With --kl_mode loss: exact over the vocabulary at each position, or k2 (half the squared log-ratio)."""
-    gamma: float = 1.0
-    """Discount of the reward difference, gamma^(T-t) at t = 0..T-1 of T tokens; the KL is not discounted."""
-    loss_aggregation: Aggregation = "sequence"
-    """sequence: sum over tokens, mean over sequences (Algorithm 1). token: mean over the batch's tokens (biased)."""
-    reward_clip: float | None = None
-    """Clip to [-c, c]; see --reward_clip_mode."""
-    reward_clip_mode: ClipMode = "raw"
-    """Clip each raw reward, before the baseline is subtracted, or the difference to the baseline (authors' code: 5)."""
-
-    def _check(self) -> None:
-        self._require(self.num_generations > 0, "num_generations", "there is nothing to learn from", "1 or more")
-        self._require(self.beta >= 0, "beta", "the policy would be driven away from the reference", "0 or more")
-        self._require(0 < self.gamma <= 1, "gamma", "there is no such discount", "a number in (0, 1]")
-        self._require(
-            self.reward_clip is None or self.reward_clip > 0,
-            "reward_clip",
-            "every reward would become 0",
-            "a positive bound or leave it out",
-        )
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a reference model has to be held at all."""
-        return self.kl_mode != "none" and self.beta > 0
-
-
-@dataclass(frozen=True)
 class LengthOptions(Options):
     """Length of the run"""
 
@@ -255,22 +204,6 @@ class LoopOptions(Options):
 
 
 @dataclass(frozen=True)
-class ReMaxConfig(
-    OutputOptions,
-    DatasetOptions,
-    PromptOptions,
-    SamplingOptions,
-    ScoringOptions,
-    ObjectiveOptions,
-    LengthOptions,
-    LoopOptions,
-    OptimiserOptions,
-    ModelOptions,
-):
-    """Settings of `remax train` and of ReMaxTrainer."""
-
-
-@dataclass(frozen=True)
 class StageOptions(Options):
     """Training loop"""
 
@@ -285,111 +218,3 @@ class StageOptions(Options):
         for name in ("batch_size", "max_length"):
             self._require(getattr(self, name) > 0, name, "nothing would be processed", "1 or more")
         self._require(self.micro_batch_size >= 0, "micro_batch_size", "no batch is negative", "0 for no limit")
-
-
-@dataclass(frozen=True)
-class SFTConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
-    """Settings of `remax sft`."""
-
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW."""
-    lr_scheduler_type: Scheduler = "cosine"
-    """Schedule of the learning rate over the run."""
-
-
-@dataclass(frozen=True)
-class RewardConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
-    """Settings of `remax reward`."""
-
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW."""
-    lr_scheduler_type: Scheduler = "cosine"
-    """Schedule of the learning rate over the run."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(PromptOptions, SamplingOptions, ScoringOptions, PrecisionOptions):
-    """Settings of `remax evaluate`."""
-
-    num_generations: int = 1
-    """Sampled completions per prompt."""
-    seed: int = 42
-    """Seed of the sampling noise."""
-    output_dir: str | None = None
-    """Folder for evaluation.json and completions.jsonl; by default the table is only printed."""
-
-
-@dataclass(frozen=True)
-class ChatConfig(SamplingOptions, PrecisionOptions):
-    """Settings of `remax chat`."""
-
-    temperature: float = 0.7
-    """Sampling temperature."""
-    system_prompt: str | None = None
-    """Put in front of the conversation."""
-    seed: int = 42
-    """Seed of the sampling."""
-
-
-@dataclass(frozen=True)
-class TrainInputs(Options):
-    """Models, rewards and data"""
-
-    model: str
-    """The policy to train: a folder or a hub name, usually the output of `remax sft`."""
-    train_dataset: str
-    """Prompts: a json, jsonl, parquet or csv file or a hub name, with a column `prompt` of texts or messages."""
-    reward_model: str | None = None
-    """A reward model with one label, usually the output of `remax reward`."""
-    reward_funcs: list[str] = field(default_factory=list)
-    """Reward functions as file.py:function; several may follow, or the flag may be repeated."""
-    eval_dataset: str | None = None
-    """Held-out prompts, for evaluations and the best model."""
-
-    def _check(self) -> None:
-        if not self.reward_model and not self.reward_funcs:
-            raise UserError(
-                "neither --reward_model nor --reward_funcs is set: there is nothing to maximise; set a model, or "
-                "file.py:function."
-            )
-
-
-@dataclass(frozen=True)
-class StageInputs(Options):
-    """Model and data"""
-
-    model: str
-    """The model to start from: a folder or a hub name."""
-    train_dataset: str
-    """For `sft`: texts (`text`), `prompt` and `completion`, or `messages`; for `reward`: `chosen` and `rejected`."""
-    eval_dataset: str | None = None
-    """Held-out data of the same form."""
-
-
-@dataclass(frozen=True)
-class EvaluateInputs(Options):
-    """Models, rewards and data"""
-
-    model: str
-    """The policy to evaluate: a folder or a hub name."""
-    eval_dataset: str
-    """Held-out prompts: a file or a hub name, with a column `prompt`."""
-    reward_model: str | None = None
-    """A reward model with one label."""
-    reward_funcs: list[str] = field(default_factory=list)
-    """Reward functions as file.py:function; several may follow, or the flag may be repeated."""
-    ref_model: str | None = None
-    """The model that KL is measured against, usually the policy before training; without it no KL is reported."""
-    perplexity_dataset: str | None = None
-    """Texts whose perplexity is reported: `text`, or `prompt` with `completion` or `chosen`; by default --eval_dataset
-    if it has such columns."""
-    eval_split: str = "test"
-    """Split of the datasets, when they have several."""
-
-
-@dataclass(frozen=True)
-class ChatInputs(Options):
-    """Model"""
-
-    model: str
-    """The model to talk to: a folder or a hub name."""

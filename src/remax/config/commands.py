@@ -1,0 +1,91 @@
+"""The settings of every command, as unions of the groups."""
+
+from dataclasses import dataclass
+
+from remax.config.groups import (
+    DatasetOptions,
+    LengthOptions,
+    LoopOptions,
+    ModelOptions,
+    OptimiserOptions,
+    OutputOptions,
+    PrecisionOptions,
+    PromptOptions,
+    SamplingOptions,
+    Scheduler,
+    ScoringOptions,
+    StageOptions,
+)
+from remax.config.objective import ObjectiveOptions, PPOOptions
+
+
+@dataclass(frozen=True)
+class ReMaxConfig(
+    OutputOptions,
+    DatasetOptions,
+    PromptOptions,
+    SamplingOptions,
+    ScoringOptions,
+    ObjectiveOptions,
+    LengthOptions,
+    LoopOptions,
+    OptimiserOptions,
+    ModelOptions,
+    PPOOptions,
+):
+    """Settings of `remax train` and of ReMaxTrainer."""
+
+
+@dataclass(frozen=True)
+class SFTConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
+    """Settings of `remax sft`."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Scheduler = "cosine"
+    """Schedule of the learning rate over the run."""
+
+
+@dataclass(frozen=True)
+class RewardConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
+    """Settings of `remax reward`."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Scheduler = "cosine"
+    """Schedule of the learning rate over the run."""
+
+
+@dataclass(frozen=True)
+class DPOConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
+    """Settings of `remax dpo`."""
+
+    beta: float = 0.1
+    """Coefficient of KL(policy || reference) in the objective whose optimum the loss is made from."""
+
+    def _check(self) -> None:
+        self._require(self.beta > 0, "beta", "the loss would be the same for every policy", "a positive number")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(PromptOptions, SamplingOptions, ScoringOptions, PrecisionOptions):
+    """Settings of `remax evaluate`."""
+
+    num_generations: int = 1
+    """Sampled completions per prompt."""
+    seed: int = 42
+    """Seed of the sampling noise."""
+    output_dir: str | None = None
+    """Folder for evaluation.json and completions.jsonl; by default the table is only printed."""
+
+
+@dataclass(frozen=True)
+class ChatConfig(SamplingOptions, PrecisionOptions):
+    """Settings of `remax chat`."""
+
+    temperature: float = 0.7
+    """Sampling temperature."""
+    system_prompt: str | None = None
+    """Put in front of the conversation."""
+    seed: int = 42
+    """Seed of the sampling."""
