@@ -36,7 +36,7 @@ def test_garbage_outside_the_mask_changes_nothing_and_gets_no_gradient() -> None
     returns = estimators.returns(
         torch.ones(3), estimators.kl_in_return(logprobs.detach() + garbage, MASK), MASK, beta=0.1
     )
-    loss = estimators.policy_loss(logprobs + garbage, returns, MASK)
+    loss = estimators.policy_loss(logprobs + garbage, returns, MASK).sum()
     loss.backward()
     assert loss.isfinite()
     assert logprobs.grad is not None
@@ -90,7 +90,7 @@ def bandit_variance(probability: float, rewards: tuple[float, float], *, greedy_
         advantage = estimators.advantages(torch.tensor([rewards[arm]]), torch.tensor([baseline])).double()
         mask = torch.ones(1, 1, dtype=torch.bool)
         returns = estimators.returns(advantage, torch.zeros(1, 1, dtype=torch.float64), mask, beta=0.0)
-        loss = estimators.policy_loss(logits.log_softmax(0)[arm].view(1, 1), returns, mask)
+        loss = estimators.policy_loss(logits.log_softmax(0)[arm].view(1, 1), returns, mask).sum()
         estimates.append(-torch.autograd.grad(loss, logits)[0])
     mean = probs[0] * estimates[0] + probs[1] * estimates[1]
     return sum(p * (e - mean).square().sum() for p, e in zip(probs, estimates, strict=True))

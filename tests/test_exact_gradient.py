@@ -18,7 +18,7 @@ from remax.batching import collate
 from remax.config import ReMaxConfig
 from remax.interfaces import Completion, Prompt, Sampling
 from remax.logprobs import CompletionScorer
-from remax.objective import remax_loss
+from remax.objective import policy_gradient_loss
 
 VOCAB, EOS, MAX_LENGTH = 4, 3, 3
 PROMPT = Prompt(0, "x", [0, 1])
@@ -98,7 +98,9 @@ def remax_gradient(rows: list[list[int]], denominator: int, sampling: Sampling, 
     baselines = torch.full_like(rewards, REWARDS[tuple(greedy_completion())])
     advantages = estimators.advantages(rewards, baselines, args.reward_clip, args.reward_clip_mode)
     reference = REFERENCE_SCORER if args.needs_reference else None
-    return -gradient(lambda: remax_loss(POLICY_SCORER, reference, batch, advantages, sampling, args, denominator).loss)
+    return -gradient(
+        lambda: policy_gradient_loss(POLICY_SCORER, reference, batch, advantages, sampling, args, denominator).loss
+    )
 
 
 def expected_remax_gradient(sampling: Sampling, **settings: object) -> Tensor:

@@ -84,15 +84,15 @@ def step_result(folder: Path, *, shuffle: bool = False, pad_token_id: int = PAD,
     trainer = make_trainer(folder, model=calm_policy(1), batch_size=8, num_generations=2, **settings)
     trainer.parts.tokenizer.pad_token_id = pad_token_id
     trainer.parts.policy.load_state_dict(calm_policy(2).state_dict())
-    trainer.optimizer = torch.optim.SGD(trainer.parts.policy.parameters(), lr=0.1)
+    trainer.policy.optimizer = torch.optim.SGD(trainer.parts.policy.parameters(), lr=0.1)
     gradient: list[torch.Tensor] = []
-    own_step = trainer.optimizer.step
+    own_step = trainer.policy.optimizer.step
 
     def record_gradient(*args: Any, **kwargs: Any) -> Any:
         gradient.append(torch.cat([p.grad.flatten() for p in trainer.parts.policy.parameters()]))
         return own_step(*args, **kwargs)
 
-    trainer.optimizer.step = record_gradient
+    trainer.policy.optimizer.step = record_gradient
     prompts = trainer.order.batch(1)
     trainer.step(prompts[::-1] if shuffle else prompts, 1)
     return gradient[0], torch.cat([p.detach().flatten() for p in trainer.parts.policy.parameters()])
@@ -132,7 +132,7 @@ def test_every_step_takes_the_mean_over_its_whole_batch(tmp_path: Path, aggregat
         micro_batch_tokens=30,
     )
     model = trainer.parts.policy
-    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer.policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in (1, 2):
         before = [p.detach().clone() for p in model.parameters()]
         record = trainer.step(trainer.order.batch(step), step)
@@ -171,11 +171,13 @@ def test_greedy_rows_are_not_trained_on_and_do_not_depend_on_sampling(tmp_path: 
         for name, temperature, top_k, seed in [("a", 1.0, 0, 1), ("b", 0.5, 3, 2)]
     )
     prompts = first.parts.prompts
-    rollouts = [t.parts.roll_out(prompts, num_samples=1, seed=t.args.seed, step=1) for t in (first, second)]
+    rollouts = [
+        t.parts.roll_out(prompts, num_samples=1, greedy=True, seed=t.args.seed, step=1) for t in (first, second)
+    ]
     assert [c.token_ids for c in rollouts[0].greedy] == [c.token_ids for c in rollouts[1].greedy]
     assert [c.token_ids for c in rollouts[0].samples] != [c.token_ids for c in rollouts[1].samples]
     for change in ({"seed": 2}, {"step": 2}):
-        other = first.parts.roll_out(prompts, **{"num_samples": 1, "seed": 1, "step": 1, **change})
+        other = first.parts.roll_out(prompts, **{"num_samples": 1, "greedy": True, "seed": 1, "step": 1, **change})
         assert [c.token_ids for c in rollouts[0].samples] != [c.token_ids for c in other.samples]
 
 
@@ -321,7 +323,7 @@ def test_bfloat16_runs_and_keeps_logprobs_in_float32(tmp_path: Path, settings: d
     assert record.logprob_difference.max() < 0.5, "bfloat16 has three digits"
     batch = collate(record.rollout.samples, PAD, torch.device("cpu"))
     with trainer.accelerator.autocast():
-        assert trainer.policy(batch, trainer.parts.sampling).logprobs.dtype == torch.float32
+        assert trainer.policy.network(batch, trainer.parts.sampling).logprobs.dtype == torch.float32
 
 
 def test_it_learns(tmp_path: Path) -> None:
@@ -364,7 +366,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(tmp_pa
     trainer = make_trainer(tmp_path / "out")
     before = [p.detach().clone() for p in trainer.parts.policy.parameters()]
     trainer.parts.policy.lm_head.weight.register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(UserError, match=r"--learning_rate is 0.01: the gradient of step 1 is not finite"):
+    with pytest.raises(UserError, match=r"--learning_rate is 0.01 .*the gradient is not finite"):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parts.policy.parameters(), strict=True))
     assert not (tmp_path / "out").exists()

@@ -5,18 +5,19 @@ loaded.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from remax import data, models
+from remax.components import Components
 from remax.config import (
     EvaluateConfig,
     EvaluateInputs,
@@ -26,10 +27,11 @@ from remax.config import (
     SamplingOptions,
     ScoringOptions,
 )
+from remax.critic import check_value_model
 from remax.errors import UserError
-from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
+from remax.interfaces import Prompt, RewardFunction, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer
-from remax.rewards import CallableReward, RewardModel, require_chat_template, resolve_weights, score
+from remax.rewards import CallableReward, RewardModel, require_chat_template, resolve_weights
 from remax.rollout.embedded import EmbeddedEngine
 
 NEUTRAL_GENERATION = {
@@ -42,85 +44,6 @@ NEUTRAL_GENERATION = {
     "no_repeat_ngram_size": 0,
 }
 """Settings of a checkpoint's generation_config that would change the distribution, and where they do not."""
-
-
-class Rewards(NamedTuple):
-    """The rewards of a rollout; S sampled rows, NaN where a reward is missing."""
-
-    sampled: Tensor
-    """[S] r(x, y)"""
-    baselines: Tensor
-    """[S] r(x, y*) of the row's prompt."""
-    sampled_by_function: dict[str, Tensor]
-    """Each function's own r(x, y), unweighted, [S]."""
-    greedy: Tensor
-    """[prompts] r(x, y*)"""
-    metrics: dict[str, float]
-    """What reward functions logged with log_metric."""
-    columns: dict[str, list[Any]]
-    """What they logged with log_extra, one value per sampled row."""
-
-
-@dataclass
-class Components:
-    """A policy, what it is compared with, and what draws and scores its completions."""
-
-    accelerator: Accelerator
-    policy: Any
-    reference: CompletionScorer | None
-    """None when no KL is needed."""
-    tokenizer: Any
-    engine: RolloutEngine
-    reward_functions: list[RewardFunction]
-    reward_weights: list[float]
-    sampling: Sampling
-    prompts: list[Prompt]
-    eval_prompts: list[Prompt]
-    model_name: str
-
-    def roll_out(self, prompts: Sequence[Prompt], *, num_samples: int, seed: int, step: int) -> Rollout:
-        """Returns samples y ~ pi(.|x) and the greedy completion y* of every prompt, with their texts."""
-        with self.accelerator.autocast():
-            rollout = self.engine.generate(
-                prompts, self.sampling, num_samples=num_samples, greedy=True, seed=seed, step=step
-            )
-        data.decode_completions(self.tokenizer, _rows(rollout))
-        return rollout
-
-    def score(self, rollout: Rollout) -> Rewards:
-        """Returns the rewards of all samples and of their baselines, from one call of every reward function."""
-        rows = _rows(rollout)
-        scores = score(self.reward_functions, self.reward_weights, rows)
-        columns = {name: values for f in self._callables() for name, values in f.pop_extra().items()}
-        for name, values in columns.items():
-            if len(values) != len(rows):
-                raise UserError(
-                    f"log_extra of column {name} got {len(values)} values: there are {len(rows)} completions, so they "
-                    "cannot be told apart; log one value per completion."
-                )
-        num_samples = len(rollout.samples)
-        total = torch.tensor(scores.total)
-        sampled, greedy = total[:num_samples], total[num_samples:]
-        return Rewards(
-            sampled,
-            greedy.repeat_interleave(num_samples // len(rollout.greedy)),
-            {name: torch.tensor(values[:num_samples]) for name, values in scores.by_function.items()},
-            greedy,
-            {name: value for f in self._callables() for name, value in f.pop_metrics().items()},
-            {name: values[:num_samples] for name, values in columns.items()},
-        )
-
-    def show_state(self, state: Any) -> None:
-        """Lets reward functions see the trainer's state, as their argument trainer_state."""
-        for function in self._callables():
-            function.trainer_state = state
-
-    def _callables(self) -> list[CallableReward]:
-        return [function for function in self.reward_functions if isinstance(function, CallableReward)]
-
-
-def _rows(rollout: Rollout) -> list[Completion]:
-    return [*rollout.samples, *rollout.greedy]
 
 
 def assemble(
@@ -141,6 +64,8 @@ def assemble(
         UserError: something cannot be used.
     """
     rewards, weights, tokenizer, model_name = _checked(args, model, reward_funcs, processing_class)
+    if args.method == "ppo":
+        check_value_model(args, tokenizer, rewards)
     prompts = load_prompts(train_dataset, args.dataset_split, tokenizer, args, flag="--train_dataset")
     if len(prompts) < args.batch_size:
         raise UserError(

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from remax import data
-from remax.assembly import Components, Rewards, assemble_evaluation
+from remax.assembly import assemble_evaluation
 from remax.batching import collate, split_by_tokens
+from remax.components import Components, Rewards
 from remax.config import EvaluateConfig, EvaluateInputs
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
 from remax.logprobs import CompletionScorer, untruncated
-from remax.metrics import StepRecord, completion_records
+from remax.metrics import Credit, StepRecord, completion_records
 from remax.recording import RunFolder
 
 Floats = NDArray[np.float64]
@@ -61,7 +62,9 @@ def evaluate_policy(
     log-probabilities of the rollout.
     """
     chunks = [prompts[start : start + prompts_at_once] for start in range(0, len(prompts), prompts_at_once)]
-    rollouts = [parts.roll_out(chunk, num_samples=num_samples, seed=seed, step=EVALUATION_STEP) for chunk in chunks]
+    rollouts = [
+        parts.roll_out(chunk, num_samples=num_samples, greedy=True, seed=seed, step=EVALUATION_STEP) for chunk in chunks
+    ]
     rollout = Rollout([c for r in rollouts for c in r.samples], [c for r in rollouts for c in r.greedy])
     rewards = parts.score(rollout)
 
@@ -160,7 +163,9 @@ def evaluate_checkpoint(
         folder.create({**dataclasses.asdict(inputs), **dataclasses.asdict(args)})
         summary = {"model": inputs.model, "num_prompts": len(parts.eval_prompts), "results": results}
         (folder.path / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        record = StepRecord(evaluation.rollout, evaluation.rewards, evaluation.rewards.sampled)
+        greedy = evaluation.rewards.greedy.repeat_interleave(args.num_generations)
+        credit = Credit(evaluation.rewards.sampled - greedy, greedy)
+        record = StepRecord(evaluation.rollout, evaluation.rewards, credit)
         folder.append("completions.jsonl", completion_records(record, 0))
     return results
 

@@ -72,19 +72,26 @@ class Rollout:
     samples: list[Completion]
     """num_samples consecutive rows per prompt, in the order of the prompts."""
     greedy: list[Completion]
-    """One row per prompt; empty if greedy rows were not asked for."""
+    """One row per prompt for which one was asked, in the order of the prompts."""
 
 
 class RolloutEngine(Protocol):
     """Draws completions. Knows token ids only, no text."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, num_samples: int, greedy: bool, seed: int, step: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        greedy: bool | Sequence[bool],
+        seed: int,
+        step: int,
     ) -> Rollout:
         """Returns num_samples sampled and, if asked, one greedy completion of every prompt.
 
-        A sampled token is a function of (seed, step, prompt.index, sample index, position) and of the weights alone,
-        whatever else is in the batch.
+        greedy: for all prompts alike, or one value per prompt. A sampled token is a function of (seed, step,
+        prompt.index, sample index, position) and of the weights alone, whatever else is in the batch.
         """
         ...
 

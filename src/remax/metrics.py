@@ -1,14 +1,23 @@
 """What is recorded of a training step, under TRL's names where it has them."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from remax.assembly import Rewards
+from remax.components import Rewards
 from remax.interfaces import Completion, Rollout
 from remax.objective import BatchLoss
+
+
+class Credit(NamedTuple):
+    """What a method makes of the rewards of S samples, [S] each."""
+
+    advantages: Tensor
+    """Reward minus baseline; NaN where there is none, which leaves the sample out of the loss."""
+    greedy: Tensor
+    """Reward of the greedy completion of the sample's prompt; NaN where the method draws none."""
 
 
 @dataclass
@@ -17,8 +26,7 @@ class StepRecord:
 
     rollout: Rollout
     rewards: Rewards
-    advantages: Tensor
-    """[S] reward minus baseline, clipped if asked for."""
+    credit: Credit
     kl: Tensor = field(init=False)
     """[S] log pi(y) - log pi_ref(y) of the whole completion, in nats; NaN without a reference."""
     entropy: Tensor = field(init=False)
@@ -34,10 +42,17 @@ class StepRecord:
     """Norm of the gradient before clipping."""
     learning_rate: float = 0.0
     """Of this step."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the method measures beside."""
 
     def __post_init__(self) -> None:
         self.kl, self.entropy, self.logprob_difference = torch.full((3, len(self.advantages)), torch.nan).unbind()
         self.no_signal = torch.ones(len(self.advantages), dtype=torch.bool)
+
+    @property
+    def advantages(self) -> Tensor:
+        """[S] reward minus baseline, clipped if asked for."""
+        return self.credit.advantages
 
     def add(self, rows: list[int], result: BatchLoss) -> None:
         """Takes what a micro-batch of these rows showed."""
@@ -52,13 +67,14 @@ class StepRecord:
     @property
     def trained(self) -> Tensor:
         """[S] True where sample and baseline have a reward: the others are left out of the loss."""
-        return self.rewards.sampled.isfinite() & self.rewards.baselines.isfinite()
+        return self.advantages.isfinite()
 
 
 def step_metrics(record: StepRecord) -> dict[str, float]:
     """Returns the step's metrics: rewards over the samples that were trained on, lengths over all.
 
-    reward/gap is the mean of reward minus greedy reward, kl is in nats per sequence, entropy in nats per token.
+    reward/gap is the mean of reward minus greedy reward, kl is in nats per sequence, entropy in nats per token. Where
+    a method draws no greedy completions, what tells of them is NaN.
     """
     metrics: dict[str, float | Tensor] = {
         "loss": record.loss,
@@ -68,6 +84,7 @@ def step_metrics(record: StepRecord) -> dict[str, float]:
     metrics |= _reward_metrics(record)
     if record.trained.any():
         metrics |= _policy_metrics(record)
+    metrics |= record.metrics
     lengths = _lengths(record.rollout.samples)
     metrics |= {
         "completions/mean_length": lengths.mean(),
@@ -80,12 +97,12 @@ def step_metrics(record: StepRecord) -> dict[str, float]:
 
 
 def _reward_metrics(record: StepRecord) -> dict[str, Tensor]:
-    rewards, baselines = record.rewards.sampled[record.trained], record.rewards.baselines[record.trained]
+    rewards, greedy = record.rewards.sampled[record.trained], record.credit.greedy[record.trained]
     metrics = {
         "reward": rewards.mean(),
         "reward_std": rewards.std(correction=0),
-        "reward/greedy": baselines.mean(),
-        "reward/gap": (rewards - baselines).mean(),
+        "reward/greedy": greedy.mean(),
+        "reward/gap": (rewards - greedy).mean(),
         "reward/missing_fraction": 1 - record.trained.float().mean(),
     }
     metrics |= {name: torch.tensor(value) for name, value in record.rewards.metrics.items()}
@@ -114,10 +131,9 @@ def _lengths(completions: list[Completion]) -> Tensor:
 
 def completion_records(record: StepRecord, step: int) -> list[dict[str, Any]]:
     """Returns one record per sample for completions.jsonl: texts sampled and greedy, rewards, advantage."""
-    per_prompt = len(record.rollout.samples) // len(record.rollout.greedy)
+    greedy_texts = {greedy.prompt.index: greedy.text for greedy in record.rollout.greedy}
     records = []
     for row, sample in enumerate(record.rollout.samples):
-        greedy = record.rollout.greedy[row // per_prompt]
         records.append(
             {
                 **{name: values[row] for name, values in record.rewards.columns.items()},
@@ -126,9 +142,9 @@ def completion_records(record: StepRecord, step: int) -> list[dict[str, Any]]:
                 "sample_index": sample.sample_index,
                 "prompt": sample.prompt.content,
                 "completion": sample.text,
-                "greedy_completion": greedy.text,
+                "greedy_completion": greedy_texts.get(sample.prompt.index),
                 "reward": record.rewards.sampled[row].item(),
-                "greedy_reward": record.rewards.baselines[row].item(),
+                "greedy_reward": record.credit.greedy[row].item(),
                 "advantage": record.advantages[row].item(),
                 "rewards": {name: values[row].item() for name, values in record.rewards.sampled_by_function.items()},
                 "length": len(sample.token_ids),

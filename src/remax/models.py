@@ -118,6 +118,11 @@ def load_policy(name_or_path: str, config: ModelOptions, *, flag: str) -> Any:
     return add_adapter(model, config) if config.use_peft else model
 
 
+def is_reward_model(name_or_path: str, *, flag: str) -> bool:
+    """Whether a checkpoint is a sequence classification model."""
+    return "ForSequenceClassification" in ((_load_config(name_or_path, flag).architectures or [""])[0])
+
+
 def load_reward_model(name_or_path: str, *, flag: str, dtype: torch.dtype = torch.float32) -> Any:
     """Returns a trained sequence classification model with one label, in evaluation mode and frozen.
 
@@ -243,8 +248,9 @@ def add_adapter(model: Any, config: ModelOptions) -> Any:
         UserError: --lora_target_modules names no module, or the output embedding.
     """
     classifier = "ForSequenceClassification" in type(model).__name__
+    task_type = "SEQ_CLS" if classifier else "CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION"
     lora = LoraConfig(
-        task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
+        task_type=task_type,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,

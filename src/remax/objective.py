@@ -28,7 +28,7 @@ class BatchLoss(NamedTuple):
     """[B, T] log-probabilities of the tokens, detached."""
 
 
-def remax_loss(
+def policy_gradient_loss(
     policy: Any,
     reference: CompletionScorer | None,
     batch: Batch,
@@ -37,17 +37,19 @@ def remax_loss(
     args: ObjectiveOptions,
     denominator: int,
 ) -> BatchLoss:
-    """Returns the loss whose gradient is minus ReMax's (arXiv 2310.10505, Algorithm 1) on this micro-batch.
+    """Returns the loss whose gradient is minus REINFORCE's with these advantages on this micro-batch.
 
-    The policy runs forward once; the detached log-probabilities of that pass give the KL of the return.
+    With r(x, y) - r(x, y*) that is ReMax's (arXiv 2310.10505, Algorithm 1); the other critic-free methods differ in
+    the advantages, and GRPO averages every sequence over its tokens instead of adding them up. The policy runs
+    forward once; the detached log-probabilities of that pass give the KL of the return.
 
     Args:
         policy: the CompletionScorer of the policy, as Accelerate prepared it.
         reference: that of the reference; None if no KL is wanted.
         batch: B sampled completions; greedy ones are never trained on.
-        advantages: [B] r(x, y) - r(x, y*).
+        advantages: [B] reward minus baseline.
         sampling: the distribution they were drawn from.
-        args: beta, kl_mode, kl_estimator and gamma.
+        args: method, beta, kl_mode, kl_estimator and gamma.
         denominator: of the whole global batch, see estimators.denominator.
     """
     mask = batch.completion_mask
@@ -65,10 +67,11 @@ def remax_loss(
 
     kl = estimators.kl_in_return(log_ratios, mask, args.kl_mode)
     returns = estimators.returns(advantages, kl, mask, beta=args.beta, gamma=args.gamma)
-    loss = estimators.policy_loss(pi.logprobs, returns, mask)
+    losses = estimators.policy_loss(pi.logprobs, returns, mask)
     if kl_in_loss:
-        kl_loss = pi.kl if exact else estimators.k2(pi.logprobs, logprobs - log_ratios, mask)
-        loss = loss + args.beta * kl_loss.sum()
+        kl_losses = pi.kl if exact else estimators.k2(pi.logprobs, logprobs - log_ratios, mask)
+        losses = losses + args.beta * kl_losses
+    loss = estimators.total(losses, mask, mean_of_sequence=args.method == "grpo")
 
     sequence_kl = log_ratios.sum(-1)
     return BatchLoss(

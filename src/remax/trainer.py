@@ -1,39 +1,52 @@
-"""The ReMax loop: Algorithm 1 of Li et al. (arXiv 2310.10505) on Accelerate."""
+"""The loop: Algorithm 1 of Li et al. (arXiv 2310.10505) on Accelerate, with the method that was chosen."""
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
-from remax import estimators, models
+from remax import models
 from remax.assembly import assemble
-from remax.batching import PromptOrder, collate, split_by_tokens
-from remax.config import OptimiserOptions, ReMaxConfig
+from remax.batching import PromptOrder
+from remax.config import ReMaxConfig
 from remax.errors import UserError
 from remax.evaluate import Evaluation, evaluate_policy
 from remax.interfaces import Prompt, RolloutEngine
+from remax.learner import Learner
 from remax.logprobs import CompletionScorer
+from remax.meters import PhaseMeter
+from remax.methods import make_method
 from remax.metrics import StepRecord, completion_records, step_metrics
-from remax.objective import remax_loss
 from remax.progress import View, default_view
 from remax.recording import RunFolder
 
 SHOWN_OF_SETTINGS = (
-    *("train_dataset", "reward_model", "reward_funcs", "batch_size", "learning_rate", "beta", "kl_mode"),
+    *("method", "train_dataset", "reward_model", "reward_funcs", "batch_size", "num_generations", "learning_rate"),
+    *("beta", "kl_mode"),
     *("max_completion_length", "temperature", "top_p", "top_k", "seed"),
 )
 """What the model card lists; config.yaml has everything."""
+METHOD_NAMES = {
+    "remax": "ReMax (REINFORCE with the reward of the greedy completion as baseline, "
+    "[arXiv 2310.10505](https://arxiv.org/abs/2310.10505))",
+    "reinforce": "REINFORCE",
+    "rloo": "RLOO (REINFORCE with a leave-one-out baseline)",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "ppo": "PPO",
+}
 SHOWN_OF_EVALUATION = ("reward", "reward/greedy", "kl", "completions/mean_length")
 
 
 class ReMaxTrainer:
-    """Trains a policy with ReMax. The constructor's arguments are those of TRL's GRPOTrainer and RLOOTrainer."""
+    """Trains a policy with ReMax, or the method of args.method, under otherwise equal conditions.
+
+    The constructor's arguments are those of TRL's GRPOTrainer and RLOOTrainer.
+    """
 
     def __init__(
         self,
@@ -92,71 +105,43 @@ class ReMaxTrainer:
         self.max_steps = self.args.max_steps
         if self.max_steps == -1:
             self.max_steps = math.ceil(self.args.num_train_epochs * self.order.steps_per_epoch)
-        optimizer = adamw(parts.policy, self.args)
-        self.lr_scheduler = get_scheduler(
-            self.args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=warmup_steps(self.args, self.max_steps),
-            num_training_steps=self.max_steps,
-        )
         self.accelerator = parts.accelerator
-        self.policy, self.optimizer = self.accelerator.prepare(CompletionScorer(parts.policy), optimizer)
+        self.policy = Learner(
+            CompletionScorer(parts.policy),
+            self.args,
+            parts.accelerator,
+            max_steps=self.max_steps,
+            rate_flag="learning_rate",
+        )
+        self.method = make_method(parts, self.args, self.policy, max_steps=self.max_steps)
+        self.meter = PhaseMeter(parts.accelerator.device)
+        self.num_tokens = 0
         self.view = view or default_view()
         self.run_config = run_config or {"model": parts.model_name, **dataclasses.asdict(self.args)}
         self.callbacks = list(callbacks or [])
         self.state = TrainerState(max_steps=self.max_steps, logging_steps=self.args.logging_steps, log_history=[])
         self.control = TrainerControl()
         parts.show_state(self.state)
-        self.timings: dict[str, float] = {}
         self._notify("on_init_end")
 
     # The algorithm ----------------------------------------------------------------------------------------------------
 
     def step(self, prompts: Sequence[Prompt], step: int) -> StepRecord:
         """Takes one step of Algorithm 1 on these prompts."""
-        args = self.args
-        with self._timed("rollout"):
-            rollout = self.parts.roll_out(prompts, num_samples=args.num_generations, seed=args.seed, step=step)
-        with self._timed("reward"):
+        args, method = self.args, self.method
+        with self.meter.measure("rollout"):
+            greedy = method.greedy_wanted(prompts)
+            rollout = self.parts.roll_out(
+                prompts, num_samples=args.num_generations, greedy=greedy, seed=args.seed, step=step
+            )
+        with self.meter.measure("reward"):
             rewards = self.parts.score(rollout)
-        advantages = estimators.advantages(rewards.sampled, rewards.baselines, args.reward_clip, args.reward_clip_mode)
-        record = StepRecord(rollout, rewards, advantages)
-        with self._timed("update"):
-            self.update(record)
+        record = StepRecord(rollout, rewards, method.credit(rollout, rewards))
+        record.learning_rate = self.policy.learning_rate
+        with self.meter.measure("update"):
+            method.update(record)
+            self.policy.scheduler.step()
         return record
-
-    def update(self, record: StepRecord) -> None:
-        """Takes one gradient step on the samples that have both rewards, and completes the record."""
-        samples, args = record.rollout.samples, self.args
-        rows = record.trained.nonzero().flatten().tolist()
-        num_tokens = sum(len(samples[row].token_ids) for row in rows)
-        denominator = estimators.denominator(args.loss_aggregation, len(rows), num_tokens)
-        lengths = [len(samples[row].prompt.token_ids) + len(samples[row].token_ids) for row in rows]
-        for group in split_by_tokens(lengths, args.micro_batch_tokens):
-            chosen = [rows[i] for i in group]
-            batch = collate(
-                [samples[row] for row in chosen], self.parts.tokenizer.pad_token_id, self.accelerator.device
-            )
-            advantages = record.advantages[chosen].to(self.accelerator.device)
-            with self.accelerator.autocast():
-                result = remax_loss(
-                    self.policy, self.parts.reference, batch, advantages, self.parts.sampling, args, denominator
-                )
-            self.accelerator.backward(result.loss)
-            record.add(chosen, result)
-        limit = args.max_grad_norm or math.inf
-        parameters = [p for p in self.parts.policy.parameters() if p.requires_grad]
-        record.grad_norm = float(self.accelerator.clip_grad_norm_(parameters, limit)) if rows else 0.0
-        if not math.isfinite(record.grad_norm):
-            raise UserError(
-                f"--learning_rate is {args.learning_rate}: the gradient of step {self.state.global_step + 1} is not "
-                "finite, and a step with it would destroy the weights; set a lower rate, or more --warmup_steps."
-            )
-        record.learning_rate = self.lr_scheduler.get_last_lr()[0]
-        if rows:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.lr_scheduler.step()
 
     # The run ----------------------------------------------------------------------------------------------------------
 
@@ -214,19 +199,19 @@ class ReMaxTrainer:
         name, settings = self.parts.model_name, self.run_config
         shown = {key: settings[key] for key in SHOWN_OF_SETTINGS if settings.get(key) not in (None, [])}
         lines = [
-            f"`{name}` trained for {self.state.global_step} steps with ReMax (REINFORCE with the reward of the greedy "
-            "completion as baseline, [arXiv 2310.10505](https://arxiv.org/abs/2310.10505)) by "
-            f"remax. Rewards: {', '.join(function.name for function in self.parts.reward_functions)}.",
+            f"`{name}` trained for {self.state.global_step} steps with {METHOD_NAMES[self.args.method]} by remax. "
+            f"Rewards: {', '.join(function.name for function in self.parts.reward_functions)}.",
             "",
             "| setting | value |",
             "|---|---|",
             *(f"| {key} | {value} |" for key, value in shown.items()),
         ]
-        self.folder.write_model_card(folder, base_model=name, title="Model after ReMax", lines=lines)
+        title = f"Model after {METHOD_NAMES[self.args.method].split(' (')[0]}"
+        self.folder.write_model_card(folder, base_model=name, title=title, lines=lines)
 
     def _recorded_step(self, step: int) -> dict[str, float]:
         started = time.perf_counter()
-        self.timings.clear()
+        self.meter.clear()
         self._notify("on_step_begin")
         record = self.step(self.order.batch(step), step)
         if step == 1 and not record.trained.any():
@@ -236,14 +221,16 @@ class ReMaxTrainer:
                 "from; correct the reward function (its error is in the warning above)."
             )
         seconds = time.perf_counter() - started
+        num_tokens = sum(len(c.token_ids) for c in record.rollout.samples + record.rollout.greedy)
+        self.num_tokens += num_tokens
         metrics = {
             "step": step,
             "epoch": step / self.order.steps_per_epoch,
             **step_metrics(record),
-            **{f"time/{phase}": value for phase, value in self.timings.items()},
+            **self.meter.metrics(),
             "time/step": seconds,
-            "tokens_per_second": sum(len(c.token_ids) for c in record.rollout.samples + record.rollout.greedy)
-            / seconds,
+            "num_tokens": self.num_tokens,
+            "tokens_per_second": num_tokens / seconds,
             "num_processes": self.accelerator.num_processes,
         }
         self.folder.append("metrics.jsonl", [metrics])
@@ -251,9 +238,10 @@ class ReMaxTrainer:
             self.folder.append("completions.jsonl", completion_records(record, step))
         self.state.global_step, self.state.epoch = step, metrics["epoch"]
         self._notify("on_step_end")
-        self._log(metrics)
+        measured = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._log(measured)
         if step % self.args.logging_steps == 0 or step == self.max_steps:
-            self.view.update(metrics, record.rollout.samples[0])
+            self.view.update(measured, record.rollout.samples[0])
         return metrics
 
     def _evaluate(self) -> None:
@@ -293,33 +281,10 @@ class ReMaxTrainer:
                 self.control,
                 model=self.parts.policy,
                 processing_class=self.parts.tokenizer,
-                optimizer=self.optimizer,
-                lr_scheduler=self.lr_scheduler,
+                optimizer=self.policy.optimizer,
+                lr_scheduler=self.policy.scheduler,
                 **kwargs,
             )
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.timings[phase] = self.timings.get(phase, 0.0) + time.perf_counter() - started
-
-
-def adamw(model: Any, args: OptimiserOptions) -> torch.optim.Optimizer:
-    """Returns AdamW over the trainable weights; biases and norms (vectors) do not decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
-    )
-
-
-def warmup_steps(args: OptimiserOptions, max_steps: int) -> int:
-    """Returns the steps of warm-up; a setting below 1 is a fraction of the run."""
-    return math.ceil(args.warmup_steps * max_steps) if args.warmup_steps < 1 else int(args.warmup_steps)
 
 
 def _scalars(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,14 @@ class EmbeddedEngine:
             )
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, num_samples: int, greedy: bool, seed: int, step: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        greedy: bool | Sequence[bool],
+        seed: int,
+        step: int,
     ) -> Rollout:
         """Returns num_samples sampled and, if asked, one greedy completion of every prompt, in order.
 
@@ -73,12 +80,16 @@ class EmbeddedEngine:
         position): nothing else in the batch changes it, up to near-ties in floating point. A greedy token is the
         argmax of the logits.
         """
-        sample_indices = range(-1 if greedy else 0, num_samples)
-        assert len(sample_indices) > 0, "neither sampled nor greedy completions were asked for"
-        requests = [[Completion(prompt, k, [], [], truncated=False) for k in sample_indices] for prompt in prompts]
+        wanted = [greedy] * len(prompts) if isinstance(greedy, bool) else greedy
+        assert num_samples > 0 or all(wanted), "neither sampled nor greedy completions were asked for"
+        requests = [
+            [Completion(prompt, k, [], [], truncated=False) for k in range(-1 if also_greedy else 0, num_samples)]
+            for prompt, also_greedy in zip(prompts, wanted, strict=True)
+        ]
         # Similar lengths together, the longest first: if memory does not suffice, that shows at once.
         requests_by_length = sorted(requests, key=lambda own: len(own[0].prompt.token_ids), reverse=True)
-        group_size = max(1, self._max_rows // len(sample_indices)) if self._max_rows else max(1, len(prompts))
+        rows_of_prompt = num_samples + any(wanted)
+        group_size = max(1, self._max_rows // rows_of_prompt) if self._max_rows else max(1, len(prompts))
         with torch.no_grad(), _evaluation_mode(self._model):
             for start in range(0, len(prompts), group_size):
                 self._decode(requests_by_length[start : start + group_size], sampling, seed, step)
@@ -101,7 +112,8 @@ class EmbeddedEngine:
         logprobs = torch.zeros(noise.shape, device=device)
 
         context, prompt_logits = self._prefill([own[0].prompt for own in group])
-        prompt_of_row = torch.arange(len(group), device=device).repeat_interleave(len(group[0]))
+        num_rows = torch.tensor([len(own) for own in group], device=device)
+        prompt_of_row = torch.arange(len(group), device=device).repeat_interleave(num_rows)
         context.select(prompt_of_row)
         logits = prompt_logits[prompt_of_row]
         rows = torch.arange(len(completions), device=device)  # [N], which of the R

@@ -1,0 +1,92 @@
+"""The models and functions that a run works with, and the two things the loop asks of them: completions and rewards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from remax import data
+from remax.errors import UserError
+from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
+from remax.logprobs import CompletionScorer
+from remax.rewards import CallableReward, score
+
+
+class Rewards(NamedTuple):
+    """The rewards of a rollout of S sampled and G greedy rows, NaN where a reward is missing."""
+
+    sampled: Tensor
+    """[S] r(x, y)"""
+    greedy: Tensor
+    """[G] r(x, y*)"""
+    sampled_by_function: dict[str, Tensor]
+    """Each function's own r(x, y), unweighted, [S]."""
+    metrics: dict[str, float]
+    """What reward functions logged with log_metric."""
+    columns: dict[str, list[Any]]
+    """What they logged with log_extra, one value per sampled row."""
+
+
+@dataclass
+class Components:
+    """A policy, what it is compared with, and what draws and scores its completions."""
+
+    accelerator: Accelerator
+    policy: Any
+    reference: CompletionScorer | None
+    """None when no KL is needed."""
+    tokenizer: Any
+    engine: RolloutEngine
+    reward_functions: list[RewardFunction]
+    reward_weights: list[float]
+    sampling: Sampling
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    model_name: str
+
+    def roll_out(
+        self, prompts: Sequence[Prompt], *, num_samples: int, greedy: bool | Sequence[bool], seed: int, step: int
+    ) -> Rollout:
+        """Returns samples y ~ pi(.|x) and, where asked for, greedy completions y*, with their texts."""
+        with self.accelerator.autocast():
+            rollout = self.engine.generate(
+                prompts, self.sampling, num_samples=num_samples, greedy=greedy, seed=seed, step=step
+            )
+        data.decode_completions(self.tokenizer, _rows(rollout))
+        return rollout
+
+    def score(self, rollout: Rollout) -> Rewards:
+        """Returns the rewards of all samples and greedy completions, from one call of every reward function."""
+        rows = _rows(rollout)
+        scores = score(self.reward_functions, self.reward_weights, rows)
+        columns = {name: values for f in self._callables() for name, values in f.pop_extra().items()}
+        for name, values in columns.items():
+            if len(values) != len(rows):
+                raise UserError(
+                    f"log_extra of column {name} got {len(values)} values: there are {len(rows)} completions, so they "
+                    "cannot be told apart; log one value per completion."
+                )
+        num_samples = len(rollout.samples)
+        total = torch.tensor(scores.total)
+        return Rewards(
+            total[:num_samples],
+            total[num_samples:],
+            {name: torch.tensor(values[:num_samples]) for name, values in scores.by_function.items()},
+            {name: value for f in self._callables() for name, value in f.pop_metrics().items()},
+            {name: values[:num_samples] for name, values in columns.items()},
+        )
+
+    def show_state(self, state: Any) -> None:
+        """Lets reward functions see the trainer's state, as their argument trainer_state."""
+        for function in self._callables():
+            function.trainer_state = state
+
+    def _callables(self) -> list[CallableReward]:
+        return [function for function in self.reward_functions if isinstance(function, CallableReward)]
+
+
+def _rows(rollout: Rollout) -> list[Completion]:
+    return [*rollout.samples, *rollout.greedy]

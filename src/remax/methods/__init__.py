@@ -1,0 +1,65 @@
+"""What differs between the methods: whose greedy completions are drawn, the advantages, the update.
+
+baselines.py    what critic-free methods subtract from the reward
+critic_free.py  ReMax, REINFORCE, RLOO, GRPO: one update per batch
+ppo.py          values, clipped ratios, epochs
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from remax.components import Components, Rewards
+from remax.config import ReMaxConfig
+from remax.critic import load_value_model
+from remax.interfaces import Prompt, Rollout
+from remax.learner import Learner
+from remax.methods.critic_free import CriticFree
+from remax.methods.ppo import PPO
+from remax.metrics import Credit, StepRecord
+
+__all__ = ["PPO", "CriticFree", "Method", "make_method"]
+
+
+class Method(Protocol):
+    """How rewards become a better policy."""
+
+    def greedy_wanted(self, prompts: Sequence[Prompt]) -> list[bool]:
+        """Returns for which prompts this step needs a greedy completion."""
+        ...
+
+    def credit(self, rollout: Rollout, rewards: Rewards) -> Credit:
+        """Returns the advantage of every sample."""
+        ...
+
+    def update(self, record: StepRecord) -> None:
+        """Takes the step's updates on the samples that have an advantage, and completes the record."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the next steps depend on beside weights and optimisers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        ...
+
+
+def make_method(parts: Components, args: ReMaxConfig, policy: Learner, *, max_steps: int) -> Method:
+    """Returns the method of --method, which trains policy and, for PPO, a value model of its own.
+
+    Raises:
+        UserError: the value model cannot be used.
+    """
+    if args.method != "ppo":
+        return CriticFree(parts, args, policy)
+    value_model = load_value_model(args, parts.policy, parts.tokenizer, parts.reward_functions)
+    rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
+    critic = Learner(
+        value_model.to(parts.accelerator.device),
+        replace(args, learning_rate=rate),
+        parts.accelerator,
+        max_steps=max_steps,
+        rate_flag="value_learning_rate",
+    )
+    return PPO(parts, args, policy, critic)

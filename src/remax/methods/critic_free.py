@@ -1,0 +1,89 @@
+"""ReMax, REINFORCE, RLOO and GRPO: one update per batch, strictly on-policy; they differ in the baseline."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remax import estimators
+from remax.batching import collate, split_by_tokens
+from remax.components import Components, Rewards
+from remax.config import ReMaxConfig
+from remax.interfaces import Prompt, Rollout
+from remax.learner import Learner
+from remax.methods.baselines import MAKE_BASELINE, GreedyRewards, Mixed
+from remax.metrics import Credit, StepRecord
+from remax.objective import policy_gradient_loss
+
+
+class CriticFree:
+    """REINFORCE with a baseline (Li et al., arXiv 2310.10505, Algorithm 1), r(x, y*) being one of several."""
+
+    def __init__(self, parts: Components, args: ReMaxConfig, policy: Learner) -> None:
+        """policy trains the CompletionScorer of parts.policy."""
+        self.parts, self.args, self.policy = parts, args, policy
+        self.baseline = MAKE_BASELINE[str(args.baseline)]()
+        self.greedy_rewards = GreedyRewards(args.greedy_every) if args.needs_greedy else None
+
+    def greedy_wanted(self, prompts: Sequence[Prompt]) -> list[bool]:
+        """Returns for which prompts this step needs a greedy completion."""
+        return [self.greedy_rewards is not None and self.greedy_rewards.due(prompt.index) for prompt in prompts]
+
+    def credit(self, rollout: Rollout, rewards: Rewards) -> Credit:
+        """Returns the advantage of every sample over its baseline."""
+        args, prompts = self.args, rollout.samples[:: self.args.num_generations]
+        drawn = {c.prompt.index: reward for c, reward in zip(rollout.greedy, rewards.greedy.tolist(), strict=True)}
+        greedy = torch.full((len(prompts),), torch.nan)
+        if self.greedy_rewards is not None:
+            visits = [self.greedy_rewards.visit(c.prompt.index, drawn.get(c.prompt.index)) for c in prompts]
+            greedy = torch.tensor(visits)
+        sampled = rewards.sampled.view(len(prompts), args.num_generations)
+        advantages = self._advantages(sampled, greedy)
+        return Credit(advantages.flatten(), greedy.repeat_interleave(args.num_generations))
+
+    def _advantages(self, sampled: Tensor, greedy: Tensor) -> Tensor:
+        """Returns advantages [P, k] from rewards [P, k] and greedy rewards [P]."""
+        args = self.args
+        if args.reward_clip is not None and args.reward_clip_mode == "raw":
+            sampled, greedy = (r.clamp(-args.reward_clip, args.reward_clip) for r in (sampled, greedy))
+        baselines = self.baseline(sampled, greedy)
+        self.baseline.observe(sampled, greedy)
+        advantages = estimators.advantages(sampled, baselines, args.reward_clip, args.reward_clip_mode)
+        return advantages / estimators.group_std(sampled) if args.method == "grpo" else advantages
+
+    def update(self, record: StepRecord) -> None:
+        """Takes one gradient step on the samples that have an advantage, and completes the record."""
+        if isinstance(self.baseline, Mixed):
+            record.metrics["baseline/alpha"] = self.baseline.alpha
+        rows = record.trained.nonzero().flatten().tolist()
+        if rows:
+            record.grad_norm = self.policy.update(self.losses(record, rows))
+
+    def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
+        """Yields the loss of one micro-batch of these rows after the other, and records what each shows."""
+        samples, args, device = record.rollout.samples, self.args, self.parts.accelerator.device
+        num_tokens = sum(len(samples[row].token_ids) for row in rows)
+        denominator = estimators.denominator(args.loss_aggregation, len(rows), num_tokens)
+        lengths = [len(samples[row].prompt.token_ids) + len(samples[row].token_ids) for row in rows]
+        for group in split_by_tokens(lengths, args.micro_batch_tokens):
+            chosen = [rows[i] for i in group]
+            batch = collate([samples[row] for row in chosen], self.parts.tokenizer.pad_token_id, device)
+            advantages = record.advantages[chosen].to(device)
+            with self.parts.accelerator.autocast():
+                result = policy_gradient_loss(
+                    self.policy.network, self.parts.reference, batch, advantages, self.parts.sampling, args, denominator
+                )
+            record.add(chosen, result)
+            yield result.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the next steps depend on beside weights and optimiser."""
+        greedy = self.greedy_rewards.state_dict() if self.greedy_rewards else None
+        return {"baseline": self.baseline.state_dict(), "greedy_rewards": greedy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.baseline.load_state_dict(state["baseline"])
+        if self.greedy_rewards is not None:
+            self.greedy_rewards.load_state_dict(state["greedy_rewards"])

@@ -1,0 +1,209 @@
+"""Proximal policy optimisation: a value model, clipped ratios, several epochs (Schulman et al., arXiv 1707.06347).
+
+What it has that ReMax has not: a second network of the policy's size with its own optimiser, values for every token,
+generalised advantage estimation, and the settings of these.
+
+Legend: B samples that have a reward, T tokens of the longest.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remax import estimators
+from remax.batching import Batch, collate, split_by_tokens
+from remax.components import Components, Rewards
+from remax.config import ReMaxConfig
+from remax.interfaces import Completion, Prompt, Rollout
+from remax.learner import Learner
+from remax.logprobs import untruncated
+from remax.metrics import Credit, StepRecord
+from remax.objective import BatchLoss
+
+KL_ERROR_LIMIT = 0.2
+"""Largest relative error that the adaptive KL coefficient reacts to (Ziegler et al., arXiv 1909.08593, section 2.2)."""
+
+
+@dataclass
+class Experience:
+    """What the epochs of a step have in common, [B, T] each."""
+
+    samples: list[Completion]
+    mask: Tensor
+    old_logprobs: Tensor
+    """Of the rollout: the policy that drew the samples."""
+    log_ratios: Tensor
+    """log pi - log pi_ref of the drawn tokens; 0 without a reference."""
+    old_values: Tensor
+    returns: Tensor
+    """What the values should have been: advantages (before whitening) plus old values."""
+    advantages: Tensor
+
+    def part(self, rows: Sequence[int], width: int) -> "Experience":
+        """Returns some of the rows, cut to a number of tokens."""
+        tensors = {name: value[rows, :width] for name, value in vars(self).items() if name != "samples"}
+        return Experience([self.samples[row] for row in rows], **tensors)
+
+
+class PPO:
+    """One step: values and reference of all samples, then num_ppo_epochs x num_mini_batches updates of both models."""
+
+    def __init__(self, parts: Components, args: ReMaxConfig, policy: Learner, critic: Learner) -> None:
+        """policy trains the CompletionScorer of parts.policy, critic a ValueModel."""
+        self.parts, self.args, self.policy, self.critic = parts, args, policy, critic
+        self.beta = args.beta
+        self.num_steps = 0
+
+    def greedy_wanted(self, prompts: Sequence[Prompt]) -> list[bool]:
+        """Returns for which prompts this step needs a greedy completion: none."""
+        return [False] * len(prompts)
+
+    def credit(self, rollout: Rollout, rewards: Rewards) -> Credit:
+        """Returns the rewards, clipped if asked for: advantages come token by token, in `update`."""
+        clip = self.args.reward_clip
+        clipped = rewards.sampled.clone() if clip is None else rewards.sampled.clamp(-clip, clip)
+        return Credit(clipped, torch.full_like(clipped, torch.nan))
+
+    def update(self, record: StepRecord) -> None:
+        """Takes all updates of a step, and completes the record."""
+        self.num_steps += 1
+        rows = record.trained.nonzero().flatten().tolist()
+        if not rows:
+            return
+        experience = self.experience([record.rollout.samples[row] for row in rows], record.advantages[rows])
+        record.advantages[rows] = experience.advantages[:, 0].cpu()
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.num_steps)
+        updates = []
+        for epoch in range(self.args.num_ppo_epochs):
+            order = torch.randperm(len(rows), generator=generator)
+            for part in order.tensor_split(self.args.num_mini_batches):
+                chosen = part.tolist()
+                recorded = [rows[i] for i in chosen] if epoch == 0 else None
+                updates.append(self._update_once(experience, chosen, record, recorded))
+        record.grad_norm, *measured = (sum(column) / len(updates) for column in zip(*updates, strict=True))
+        record.metrics |= dict(zip(("policy/clip_fraction", "value/loss", "value/grad_norm"), measured, strict=True))
+        record.metrics["value/explained_variance"] = _explained_variance(experience)
+        record.metrics["beta"] = self.beta
+        self._adapt_beta(experience)
+        self.critic.scheduler.step()
+
+    @torch.no_grad()
+    def experience(self, samples: list[Completion], rewards: Tensor) -> Experience:
+        """Returns what a step's updates need of B samples with these rewards, [B]."""
+        args, parts = self.args, self.parts
+        device = parts.accelerator.device
+        shape = (len(samples), max(len(c.token_ids) for c in samples))
+        mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        old, ref, values = torch.zeros((3, *shape), device=device).unbind()
+        for rows, batch in self._batches(samples):
+            width = batch.completion_mask.shape[1]
+            mask[rows, :width] = batch.completion_mask
+            drawn = torch.tensor([logprob for row in rows for logprob in samples[row].logprobs], device=device)
+            old[rows, :width] = batch.scatter(drawn)
+            with parts.accelerator.autocast():
+                values[rows, :width] = self.critic.network(batch)
+                if parts.reference is not None:
+                    ref[rows, :width] = parts.reference(batch, untruncated(parts.sampling)).logprobs
+        log_ratios = old - ref if parts.reference is not None else torch.zeros_like(old)
+        token_rewards = estimators.token_rewards(rewards.to(device), log_ratios, mask, beta=self.beta)
+        advantages = estimators.gae(token_rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        returns = advantages + values
+        if args.whiten_advantages:
+            advantages = estimators.whiten(advantages, mask)
+        return Experience(samples, mask, old, log_ratios, values, returns, advantages)
+
+    def _update_once(
+        self, experience: Experience, rows: Sequence[int], record: StepRecord, recorded: Sequence[int] | None
+    ) -> tuple[float, float, float, float]:
+        """Updates policy and value model on some of the samples.
+
+        recorded: where they are in the record, which the first pass over the samples completes.
+
+        Returns:
+            The policy's gradient norm, the fraction of its tokens outside the clip range, the value loss and its
+            gradient norm.
+        """
+        num_tokens = int(experience.mask[rows].sum())
+        num_clipped, value_loss = 0, 0.0
+
+        def policy_losses() -> Iterator[Tensor]:
+            nonlocal num_clipped
+            for group, batch, own in self._micro_batches(experience, rows):
+                result, outside = self._policy_loss(own, batch, len(rows), num_tokens)
+                num_clipped += outside
+                if recorded is not None:
+                    record.add([recorded[i] for i in group], result)
+                yield result.loss
+
+        def value_losses() -> Iterator[Tensor]:
+            nonlocal value_loss
+            for _, batch, own in self._micro_batches(experience, rows):
+                with self.parts.accelerator.autocast():
+                    values = self.critic.network(batch)
+                losses = estimators.value_loss(
+                    values, own.old_values, own.returns, own.mask, cliprange=self.args.cliprange_value
+                )
+                loss = losses.sum() / num_tokens
+                value_loss += loss.item()
+                yield loss
+
+        policy_norm, value_norm = self.policy.update(policy_losses()), self.critic.update(value_losses())
+        return policy_norm, num_clipped / num_tokens, value_loss, value_norm
+
+    def _policy_loss(self, own: Experience, batch: Batch, num_rows: int, num_tokens: int) -> tuple[BatchLoss, int]:
+        """Returns the clipped loss of a micro-batch and how many of its tokens lie outside the clip range."""
+        args = self.args
+        with self.parts.accelerator.autocast():
+            pi = self.policy.network(batch, self.parts.sampling)
+        losses = estimators.ppo_loss(pi.logprobs, own.old_logprobs, own.advantages, own.mask, cliprange=args.cliprange)
+        loss = estimators.total(losses, own.mask) / estimators.denominator(args.loss_aggregation, num_rows, num_tokens)
+        logprobs = pi.logprobs.detach()
+        ratio = (logprobs - own.old_logprobs).masked_fill(~own.mask, 0.0).exp()
+        kl = own.log_ratios.sum(-1)
+        result = BatchLoss(
+            loss,
+            kl if self.parts.reference is not None else torch.full_like(kl, torch.nan),
+            pi.entropies.sum(-1) / own.mask.sum(-1),
+            (own.advantages == 0).all(-1),
+            logprobs,
+        )
+        return result, int(((ratio - 1).abs() > args.cliprange).sum())
+
+    def _micro_batches(
+        self, experience: Experience, rows: Sequence[int]
+    ) -> Iterator[tuple[list[int], Batch, Experience]]:
+        """Yields positions in rows, their batch, and what is known of them."""
+        for group, batch in self._batches([experience.samples[row] for row in rows]):
+            yield group, batch, experience.part([rows[i] for i in group], batch.completion_mask.shape[1])
+
+    def _batches(self, samples: Sequence[Completion]) -> Iterator[tuple[list[int], Batch]]:
+        """Yields the samples in micro-batches, with their positions."""
+        lengths = [len(c.prompt.token_ids) + len(c.token_ids) for c in samples]
+        for group in split_by_tokens(lengths, self.args.micro_batch_tokens):
+            chosen = [samples[i] for i in group]
+            yield group, collate(chosen, self.parts.tokenizer.pad_token_id, self.parts.accelerator.device)
+
+    def _adapt_beta(self, experience: Experience) -> None:
+        """Moves beta so that the KL approaches --target_kl (Ziegler et al., arXiv 1909.08593, section 2.2)."""
+        if self.args.target_kl is None:
+            return
+        kl = experience.log_ratios.sum(-1).mean().item()
+        error = min(KL_ERROR_LIMIT, max(-KL_ERROR_LIMIT, kl / self.args.target_kl - 1))
+        self.beta *= 1 + error * len(experience.samples) / self.args.kl_horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the next steps depend on beside weights and optimisers."""
+        return {"beta": self.beta, "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.beta, self.num_steps = state["beta"], state["num_steps"]
+
+
+def _explained_variance(experience: Experience) -> float:
+    """Returns 1 - Var(returns - values) / Var(returns) over all tokens: 1 for a perfect value model."""
+    returns, values = experience.returns[experience.mask], experience.old_values[experience.mask]
+    return float(1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-12))
