@@ -63,9 +63,7 @@ def assemble(
     Raises:
         UserError: something cannot be used.
     """
-    rewards, weights, tokenizer, model_name = _checked(args, model, reward_funcs, processing_class)
-    if args.method == "ppo":
-        check_value_model(args, tokenizer, rewards)
+    rewards, weights, tokenizer, model_name = check_cheaply(args, model, reward_funcs, processing_class)
     prompts = load_prompts(train_dataset, args.dataset_split, tokenizer, args, flag="--train_dataset")
     if len(prompts) < args.batch_size:
         raise UserError(
@@ -115,7 +113,7 @@ def assemble_evaluation(inputs: EvaluateInputs, reward_funcs: Any, args: Evaluat
     """
     if inputs.ref_model is not None:
         models.check_model_exists(inputs.ref_model, flag="--ref_model")
-    rewards, weights, tokenizer, model_name = _checked(args, inputs.model, reward_funcs, None)
+    rewards, weights, tokenizer, model_name = check_cheaply(args, inputs.model, reward_funcs, None)
     prompts = load_prompts(inputs.eval_dataset, inputs.eval_split, tokenizer, args, flag="--eval_dataset")
     prompts = prompts[: args.num_eval_prompts]
     accelerator = make_accelerator(args.bf16)
@@ -149,10 +147,14 @@ def assemble_evaluation(inputs: EvaluateInputs, reward_funcs: Any, args: Evaluat
     )
 
 
-def _checked(
+def check_cheaply(
     args: ScoringOptions, model: Any, reward_funcs: Any, tokenizer: Any
 ) -> tuple[list[Any], list[float], Any, str]:
-    """Returns rewards, their weights, the policy's tokenizer and its name, having checked all that is cheap."""
+    """Returns rewards, their weights, the policy's tokenizer and its name, having checked all that is cheap.
+
+    Raises:
+        UserError: a model is not there, has no usable tokenizer, or, for PPO, a value model reads other tokens.
+    """
     rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     weights = resolve_weights(args.reward_weights, len(rewards))
     for reward in rewards:
@@ -163,6 +165,8 @@ def _checked(
     model_name = model if isinstance(model, str) else _name_of(model)
     tokenizer = tokenizer or models.load_tokenizer(model_name, flag="--model")
     data.check_tokenizer(tokenizer, flag="--model")
+    if isinstance(args, ReMaxConfig) and args.method == "ppo":
+        check_value_model(args, tokenizer, rewards)
     return rewards, weights, tokenizer, model_name
 
 

@@ -78,6 +78,8 @@ def evaluate_policy(
     if parts.reference is not None:
         reference = total_logprobs(parts, parts.reference, rollout.samples, untruncated(parts.sampling), max_tokens)
         values["kl"] = per_prompt([sum(c.logprobs) for c in rollout.samples]) - per_prompt(reference)
+    # -log pi of what was drawn is the entropy in expectation.
+    values["entropy"] = per_prompt([-sum(c.logprobs) / len(c.token_ids) for c in rollout.samples])
     values["completions/mean_length"] = per_prompt([len(c.token_ids) for c in rollout.samples])
     values["completions/greedy_mean_length"] = per_prompt([len(c.token_ids) for c in rollout.greedy])
     values["completions/clipped_ratio"] = per_prompt([c.truncated for c in rollout.samples])

@@ -110,7 +110,8 @@ def _normalised(prog: str, arguments: Sequence[str], hints: dict[str, Any]) -> l
             advice = f"set {_description(hints.get(name))}, as --{name}=VALUE if it starts with --"
             raise UserError(f"--{name} has no value: nothing was run; {advice}.")
     for name, items in lists.items():
-        values = [_yaml(name, item) for item in items] if get_args(hints[name]) == (float,) else items
+        numbers = get_args(hints[name])[0] in (int, float)
+        values = [_yaml(name, item) for item in items] if numbers else items
         result.append(f"--{name}={json.dumps(values)}")
     return result
 
@@ -160,6 +161,8 @@ def _description(hint: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_description(part) for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is dict:
+        return "a mapping"
     if get_origin(hint) is list:
         return f"a list of {_description(get_args(hint)[0]).removeprefix('a ')}s"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "a value")

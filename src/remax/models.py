@@ -123,12 +123,8 @@ def is_reward_model(name_or_path: str, *, flag: str) -> bool:
     return "ForSequenceClassification" in ((_load_config(name_or_path, flag).architectures or [""])[0])
 
 
-def load_reward_model(name_or_path: str, *, flag: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Returns a trained sequence classification model with one label, in evaluation mode and frozen.
-
-    Raises:
-        UserError: it cannot be loaded, has not one label or no trained head; told before its weights are read.
-    """
+def require_reward_model(name_or_path: str, *, flag: str) -> None:
+    """Raises UserError unless a checkpoint is a sequence classification model with one label; reads no weights."""
     refuse_adapter(name_or_path, flag=flag)
     config = _load_config(name_or_path, flag)
     architecture = (config.architectures or ["unknown architecture"])[0]
@@ -143,6 +139,15 @@ def load_reward_model(name_or_path: str, *, flag: str, dtype: torch.dtype = torc
             f"{flag} is {name_or_path}: it has {config.num_labels} labels ({architecture}), and a reward model has "
             f"one; {advice}."
         )
+
+
+def load_reward_model(name_or_path: str, *, flag: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Returns a trained sequence classification model with one label, in evaluation mode and frozen.
+
+    Raises:
+        UserError: it cannot be loaded, has not one label or no trained head; told before its weights are read.
+    """
+    require_reward_model(name_or_path, flag=flag)
     model = _load_weights(AutoModelForSequenceClassification, name_or_path, flag, dtype=dtype)
     return model.requires_grad_(False).eval()
 

@@ -97,6 +97,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return value
     if get_origin(hint) is list:
         return [value] if isinstance(value, str) else list(value)
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"--{name} is {value!r}: that is no mapping; write `name: value` lines under it.")
+        return dict(value)
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     accepted = (int, float) if hint is float else hint

@@ -97,6 +97,14 @@ class RunFolder:
         (folder / "README.md").write_text("\n".join(body), encoding="utf-8")
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file at once: whoever reads it sees all of it or none. Numbers that are not finite become null."""
+    partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None

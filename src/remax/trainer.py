@@ -116,6 +116,7 @@ class ReMaxTrainer:
         self.method = make_method(parts, self.args, self.policy, max_steps=self.max_steps)
         self.meter = PhaseMeter(parts.accelerator.device)
         self.num_tokens = 0
+        self.save_final_model = True
         self.view = view or default_view()
         self.run_config = run_config or {"model": parts.model_name, **dataclasses.asdict(self.args)}
         self.callbacks = list(callbacks or [])
@@ -166,7 +167,8 @@ class ReMaxTrainer:
                 if self.control.should_training_stop:
                     break
             self._evaluate()
-            self.save_model(self.folder.model)
+            if self.save_final_model:
+                self.save_model(self.folder.model)
             self._notify("on_train_end")
         except BaseException:
             self._close()
@@ -237,7 +239,7 @@ class ReMaxTrainer:
         if self.args.log_completions:
             self.folder.append("completions.jsonl", completion_records(record, step))
         self.state.global_step, self.state.epoch = step, metrics["epoch"]
-        self._notify("on_step_end")
+        self._notify("on_step_end", num_tokens=self.num_tokens)
         measured = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._log(measured)
         if step % self.args.logging_steps == 0 or step == self.max_steps:

@@ -6,6 +6,7 @@ the command's help.
 """
 
 from remax.config.commands import ChatConfig, DPOConfig, EvaluateConfig, ReMaxConfig, RewardConfig, SFTConfig
+from remax.config.compare import CompareConfig, CompareInputs
 from remax.config.groups import (
     ModelOptions,
     OptimiserOptions,
@@ -20,6 +21,8 @@ from remax.config.objective import ObjectiveOptions, PPOOptions
 __all__ = [
     "ChatConfig",
     "ChatInputs",
+    "CompareConfig",
+    "CompareInputs",
     "DPOConfig",
     "EvaluateConfig",
     "EvaluateInputs",

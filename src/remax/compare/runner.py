@@ -1,0 +1,132 @@
+"""`remax compare`: all runs one after the other, each in a process of its own, then tables, plots and a page."""
+
+import datetime
+import json
+import multiprocessing
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remax import models
+from remax.assembly import check_cheaply, load_prompts
+from remax.compare import worker
+from remax.compare.analysis import analyse
+from remax.compare.hyperparameters import added_hyperparameters
+from remax.compare.spec import Run, check_continues, describe, plan_runs
+from remax.config import CompareConfig, CompareInputs
+from remax.errors import UserError
+from remax.recording import RunFolder, write_json
+from remax.rewards import load_reward_function
+
+PACKAGES = ("remax-rlhf", "torch", "transformers", "accelerate", "trl", "peft", "datasets", "numpy")
+
+
+def run_comparison(inputs: CompareInputs, args: CompareConfig, command: list[str]) -> dict[str, Any]:
+    """Runs what is not finished yet, and returns and prints the results.
+
+    Raises:
+        UserError: a setting, model, dataset or reward cannot be used; found before the first run where that is cheap.
+    """
+    folder = Path(args.output_dir)
+    runs = plan_runs(args)
+    description = describe(inputs, args, runs)
+    if not (folder / "comparison.json").exists():
+        RunFolder(args.output_dir)
+    check_continues(folder, description)
+    _check_parts(inputs, runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    description |= {
+        "hyperparameters": {run.label: added_hyperparameters(run.args) for run in runs},
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": _commit(),
+        "command": " ".join(command),
+        "date": datetime.date.today().isoformat(),
+    }
+    write_json(folder / "comparison.json", description)
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    # The server imports what takes seconds once, computes nothing, and every run is a fork of it.
+    context.set_forkserver_preload(["remax.compare.worker"])
+    for number, planned in enumerate(runs, start=1):
+        _run(context, inputs, planned, args, f"run {number}/{len(runs)}: {planned.label}, seed {planned.seed}")
+    return analyse(folder)
+
+
+def _run(context: Any, inputs: CompareInputs, planned: Run, args: CompareConfig, title: str) -> None:
+    if planned.finished:
+        print(f"{title}: finished before", flush=True)
+        return
+    shutil.rmtree(planned.folder, ignore_errors=True)
+    started = time.perf_counter()
+    log = planned.folder.with_suffix(".log")
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            pool.submit(worker.run, inputs, planned, args.budget, args.budget_amount, args.keep_models).result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"{title}: its process was killed, perhaps for lack of memory; see {log}, free memory or set a smaller "
+            "--settings micro_batch_tokens, and run the same command again to go on."
+        ) from None
+    last = json.loads((planned.folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    figures = "  ".join(f"{name} {last[name]:.3g}" for name in ("reward", "gold", "kl", "length") if name in last)
+    print(f"{title}: {time.perf_counter() - started:.0f} s  {figures}", flush=True)
+
+
+def _check_parts(inputs: CompareInputs, runs: list[Run]) -> None:
+    """Finds, before the first run, what is wrong with models, rewards and data for any of them."""
+    rewards: list[Any] = [inputs.reward_model] * bool(inputs.reward_model)
+    rewards += [load_reward_function(spec) for spec in inputs.reward_funcs]
+    if inputs.gold_reward_model is not None:
+        models.check_model_exists(inputs.gold_reward_model, flag="--gold_reward_model")
+        models.require_reward_model(inputs.gold_reward_model, flag="--gold_reward_model")
+    for spec in inputs.gold_reward_funcs:
+        load_reward_function(spec)
+    if inputs.reward_model is not None:
+        models.require_reward_model(inputs.reward_model, flag="--reward_model")
+    for run in {run.label: run for run in runs}.values():
+        _, _, tokenizer, _ = check_cheaply(run.args, inputs.model, rewards, None)
+    args = runs[0].args
+    prompts = load_prompts(inputs.train_dataset, args.dataset_split, tokenizer, args, flag="--train_dataset")
+    load_prompts(inputs.eval_dataset, args.eval_split, tokenizer, args, flag="--eval_dataset")
+    largest = max(run.args.batch_size for run in runs)
+    if largest > len(prompts):
+        raise UserError(
+            f"--settings has batch_size {largest}: --train_dataset has only {len(prompts)} usable prompts, which do "
+            "not fill one step; set it to that or less."
+        )
+
+
+def hardware() -> dict[str, Any]:
+    """Returns what the runs were made on."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return f"{names[0]}, {len(names)} logical cores"
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Returns the commit of the source tree that is running, if it is one."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    here = Path(__file__).parent
+    result = subprocess.run([git, "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

@@ -1,0 +1,135 @@
+"""One run of a comparison, in a process of its own: training under a budget, with measurements on held-out prompts."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from remax.assembly import load_rewards
+from remax.compare.spec import Run
+from remax.config import CompareInputs
+from remax.evaluate import Evaluation
+from remax.interfaces import RewardFunction
+from remax.progress import PlainLines
+from remax.recording import write_json
+from remax.rewards import load_reward_function, resolve_weights, score
+from remax.trainer import ReMaxTrainer
+
+
+@dataclass
+class Spent:
+    """What a run has used up."""
+
+    prompts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Observer(TrainerCallback):  # type: ignore[misc]
+    """Counts what a run uses up, stops it at its budget, and has held-out completions judged by the gold reward."""
+
+    def __init__(self, gold: Sequence[RewardFunction], unit: str, amount: float, final_samples: Path) -> None:
+        self.gold, self.unit, self.amount, self.final_samples = gold, unit, amount, final_samples
+        self.spent = Spent()
+        self.evaluations: list[dict[str, float]] = []
+        self.started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock: evaluations do not count."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops a run whose budget is used up."""
+        self.spent.seconds += time.perf_counter() - self.started
+        self.spent.prompts += args.batch_size
+        self.spent.tokens = kwargs["num_tokens"]
+        if getattr(self.spent, self.unit) >= self.amount:
+            control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes down what the held-out prompts show."""
+        evaluation: Evaluation = kwargs["evaluation"]
+        means = evaluation.means()
+        record = {"step": state.global_step, **asdict(self.spent)}
+        record |= {name: means[name] for name in ("reward", "reward/greedy", "kl", "entropy") if name in means}
+        record |= {"length": means["completions/mean_length"], "clipped_ratio": means["completions/clipped_ratio"]}
+        samples = evaluation.rollout.samples
+        golden: list[float | None] = [None] * len(samples)
+        if self.gold:
+            totals = torch.tensor(self._judge([*samples, *evaluation.rollout.greedy]))
+            golden = totals[: len(samples)].tolist()
+            record |= {"gold": totals[: len(samples)].nanmean().item()}
+            record |= {"gold/greedy": totals[len(samples) :].nanmean().item()}
+        self.evaluations.append(record)
+        lines = [
+            {"prompt_index": c.prompt.index, "length": len(c.token_ids), "reward": reward, "gold": gold}
+            for c, reward, gold in zip(samples, evaluation.rewards.sampled.tolist(), golden, strict=True)
+        ]
+        self.final_samples.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        initial = self.final_samples.parents[3] / "initial_samples.jsonl"
+        if state.global_step == 0 and not initial.exists():
+            initial.write_text(self.final_samples.read_text(encoding="utf-8"), encoding="utf-8")
+
+    def _judge(self, completions: Sequence[Any]) -> list[float]:
+        return score(self.gold, resolve_weights([], len(self.gold)), completions).total
+
+
+def run(inputs: CompareInputs, planned: Run, unit: str, amount: float, keep_model: bool) -> None:
+    """Trains and leaves in the run's folder what `remax.compare.records` reads; run.json comes last.
+
+    Raises:
+        UserError: something cannot be used.
+    """
+    planned.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = planned.folder.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as file, _output_to(file):
+        rewards: list[Any] = [inputs.reward_model] * bool(inputs.reward_model)
+        rewards += [load_reward_function(spec) for spec in inputs.reward_funcs]
+        observer = Observer([], unit, amount, planned.folder / "final_samples.jsonl")
+        trainer = ReMaxTrainer(
+            inputs.model,
+            rewards,
+            planned.args,
+            train_dataset=inputs.train_dataset,
+            eval_dataset=inputs.eval_dataset,
+            callbacks=[observer],
+            view=PlainLines(),
+        )
+        trainer.save_final_model = keep_model
+        observer.gold = _gold_rewards(inputs, trainer)
+        trainer.train()
+    records = "".join(json.dumps(record) + "\n" for record in observer.evaluations)
+    (planned.folder / "evaluations.jsonl").write_text(records, encoding="utf-8")
+    summary: Mapping[str, Any] = {
+        "label": planned.label,
+        "method": planned.args.method,
+        "seed": planned.seed,
+        "settings": asdict(planned.args),
+        "finished": True,
+        "steps": trainer.state.global_step,
+        **asdict(observer.spent),
+        "parameters": sum(p.numel() for p in trainer.parts.policy.parameters()),
+    }
+    write_json(planned.folder / "run.json", summary)
+
+
+def _gold_rewards(inputs: CompareInputs, trainer: ReMaxTrainer) -> list[RewardFunction]:
+    sources: list[Any] = [inputs.gold_reward_model] * bool(inputs.gold_reward_model)
+    sources += [load_reward_function(spec) for spec in inputs.gold_reward_funcs]
+    conversational = not isinstance(trainer.parts.prompts[0].content, str)
+    device = trainer.accelerator.device
+    return load_rewards(sources, None, trainer.args.reward_batch_size, device, conversational=conversational)
+
+
+@contextlib.contextmanager
+def _output_to(file: Any) -> Iterator[None]:
+    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield
+    sys.stdout.flush()
