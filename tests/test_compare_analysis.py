@@ -22,7 +22,7 @@ from remax.compare.statistics import Floats
 from remax.compare.tables import headline, markdown_table, print_table
 from remax.errors import UserError
 
-HOSTILE = '</title><script>alert(1)</script>"><img src=http://x onerror=y> $\\frac{ [red]|\x1b[2J'
+HOSTILE = '$\\frac{$</title><script>alert(1)</script>"><img src=http://x onerror=y> [red]|\x1b[2J'
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -56,13 +56,19 @@ def every_resample(*sizes: int) -> Iterator[tuple[tuple[int, ...], ...]]:
     return itertools.product(*(itertools.product(range(n), repeat=n) for n in sizes))
 
 
+def percentiles(all_values: Sequence[float]) -> Floats:
+    """The limits of the middle 95%, without interpolating between the few values there are."""
+    limits: Floats = np.percentile(all_values, [2.5, 97.5], method="inverted_cdf")
+    return limits
+
+
 @pytest.mark.parametrize("values", [[0.0, 1.0, 5.0], [0.0, 1.0, 10.0, 100.0], [2.0, 3.0, 3.5, 7.0, 20.0]])
 def test_intervals_are_the_percentiles_of_all_resamples(values: list[float]) -> None:
     array = np.array(values)
     means = [array[list(rows)].mean() for (rows,) in every_resample(len(values))]
     result = statistics.mean(array)
     assert result.value == pytest.approx(np.mean(values))
-    assert result.interval == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.02 * np.ptp(array))
+    assert result.interval == pytest.approx(percentiles(means), abs=0.02 * np.ptp(array))
 
 
 def test_the_interval_of_a_constant_is_that_constant_and_one_seed_has_none() -> None:
@@ -95,8 +101,11 @@ def test_the_probability_of_improvement_counts_ties_half_and_resamples_both_side
         return float(np.mean([(ours[i] > theirs[j]) + 0.5 * (ours[i] == theirs[j]) for i in left for j in right]))
 
     all_values = [wins(left, right) for left, right in every_resample(3, 3)]
-    assert result.interval == pytest.approx(np.percentile(all_values, [2.5, 97.5]), abs=0.03)
+    assert result.interval == pytest.approx(percentiles(all_values), abs=0.03)
     assert statistics.probability_of_improvement(ours, theirs[:1]).interval is None
+    equal = statistics.probability_of_improvement(np.arange(3.0), np.arange(3.0))
+    assert equal.value == 0.5
+    assert equal.interval == pytest.approx((1 / 18, 17 / 18), abs=0.06), "one common resample would always give 0.5"
 
 
 def normal_equations(samples: Mapping[str, Floats], reference_length: float) -> tuple[float, dict[str, float]]:
@@ -300,7 +309,7 @@ def test_unequal_spending_is_told(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_or_not_there_is_null(tmp_path: Path) -> None:
     write_comparison(tmp_path, ["remax"], [0, 1], hardware={"speed": math.nan})
-    write_run(tmp_path, "remax", 0, math.nan, math.inf, memory=False)
+    write_run(tmp_path, "remax", 0, math.inf, math.nan, memory=False)
     write_run(tmp_path, "remax", 1, 2.0, None, memory=False)
     (tmp_path / "initial_samples.jsonl").unlink()
     results = collect(tmp_path)
@@ -484,11 +493,17 @@ def test_a_comparison_of_one_method_one_seed_and_no_gold_and_one_that_has_not_be
     assert results["missing"] == [{"label": "_only", "seed": 3}]
     assert "No run is finished yet." in (folder / "report.html").read_text(encoding="utf-8")
     assert plot(folder, results) == {}
+    write_run(folder, "_only", 3, 1.0, None, memory=False, finished=False)
+    assert collect(folder) == results, "a run that was cut off does not count"
+    (folder / "runs").rename(tmp_path / "cut off")
     write_run(folder, "_only", 3, 1.0, None, memory=False)
     results = analyse(folder)
     assert results["pairwise"] == results["missing"] == []
     assert sorted(path.name for path in (folder / "plots").iterdir()) == ["cost.png", "policy.png", "rewards.png"]
     assert "Against" not in (folder / "report.html").read_text(encoding="utf-8")
+    (folder / "runs").rename(tmp_path / "away")
+    assert plot(folder, collect(folder)) == {}
+    assert not list((folder / "plots").iterdir()), "no pictures of runs that are gone"
 
 
 def test_a_method_keeps_its_look_whatever_is_finished() -> None:

@@ -22,6 +22,7 @@ from remax.compare import worker
 from remax.compare.analysis import analyse
 from remax.compare.hyperparameters import added_hyperparameters
 from remax.compare.spec import Run, check_continues, describe, plan_runs
+from remax.compare.tables import print_table
 from remax.config import CompareConfig, CompareInputs
 from remax.errors import UserError
 from remax.recording import RunFolder, write_json
@@ -58,7 +59,10 @@ def run_comparison(inputs: CompareInputs, args: CompareConfig, command: list[str
     context.set_forkserver_preload(["remax.compare.worker"])
     for number, planned in enumerate(runs, start=1):
         _run(context, inputs, planned, args, f"run {number}/{len(runs)}: {planned.label}, seed {planned.seed}")
-    return analyse(folder)
+    results = analyse(folder)
+    print_table(results)
+    print(f"The report is {folder / 'report.html'}, the figures are in {folder / 'results.json'}.")
+    return results
 
 
 def _run(context: Any, inputs: CompareInputs, planned: Run, args: CompareConfig, title: str) -> None:

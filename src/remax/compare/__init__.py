@@ -1,0 +1,1 @@
+"""Several methods and seeds under one budget: what is run, how runs are started, and what they say."""
