@@ -3,23 +3,36 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from remax.config import ReMaxConfig, RewardConfig, SFTConfig
+    from remax.config import DPOConfig, ReMaxConfig, RewardConfig, SFTConfig
     from remax.errors import UserError
+    from remax.stages.dpo import run_dpo
     from remax.stages.reward import run_reward
     from remax.stages.sft import run_sft
     from remax.trainer import ReMaxTrainer
 
 _HOMES = {
+    "DPOConfig": "remax.config",
     "ReMaxConfig": "remax.config",
     "RewardConfig": "remax.config",
     "SFTConfig": "remax.config",
     "UserError": "remax.errors",
+    "run_dpo": "remax.stages.dpo",
     "run_reward": "remax.stages.reward",
     "run_sft": "remax.stages.sft",
     "ReMaxTrainer": "remax.trainer",
 }
 
-__all__ = ["ReMaxConfig", "ReMaxTrainer", "RewardConfig", "SFTConfig", "UserError", "run_reward", "run_sft"]
+__all__ = [
+    "DPOConfig",
+    "ReMaxConfig",
+    "ReMaxTrainer",
+    "RewardConfig",
+    "SFTConfig",
+    "UserError",
+    "run_dpo",
+    "run_reward",
+    "run_sft",
+]
 
 
 def __getattr__(name: str) -> Any:

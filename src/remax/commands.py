@@ -1,6 +1,7 @@
 """What every command does, as a function of its settings; heavy imports happen inside, so help and errors are quick."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig) -> None:
     print(f"The trained model is in {trainer.folder.model}.")
 
 
-def _rewards(inputs: config.TrainInputs | config.EvaluateInputs) -> list[Any]:
+def _rewards(inputs: config.TrainInputs | config.EvaluateInputs | config.LabInputs) -> list[Any]:
     from remax.rewards.functions import load_reward_function
 
     names: list[Any] = [inputs.reward_model] if inputs.reward_model else []
@@ -63,8 +64,17 @@ def run_reward(inputs: config.StageInputs, args: config.RewardConfig) -> None:
     _run_stage(run_reward, inputs, args)
 
 
+def run_dpo(inputs: config.StageInputs, args: config.DPOConfig) -> None:
+    """`remax dpo`"""
+    from remax.stages.dpo import run_dpo
+
+    _run_stage(run_dpo, inputs, args)
+
+
 def _run_stage(
-    stage: Callable[..., Any], inputs: config.StageInputs, args: config.SFTConfig | config.RewardConfig
+    stage: Callable[..., Any],
+    inputs: config.StageInputs,
+    args: config.SFTConfig | config.RewardConfig | config.DPOConfig,
 ) -> None:
     from remax.data import load_records
     from remax.models import check_model_exists
@@ -90,11 +100,30 @@ def run_evaluate(inputs: config.EvaluateInputs, args: config.EvaluateConfig) -> 
     evaluate_checkpoint(inputs, rewards, args, folder)
 
 
+def run_lab(inputs: config.LabInputs, args: config.LabConfig) -> None:
+    """`remax lab`"""
+    from remax.recording import RunFolder
+
+    folder = RunFolder(args.output_dir)
+    rewards = _rewards(inputs)
+
+    from remax.lab.experiment import run_lab
+
+    run_lab(inputs, rewards, args, folder)
+
+
 def run_chat(inputs: config.ChatInputs, args: config.ChatConfig) -> None:
     """`remax chat`"""
     from remax.chat import chat
 
     chat(inputs.model, args)
+
+
+def run_compare(inputs: config.CompareInputs, args: config.CompareConfig) -> None:
+    """`remax compare`"""
+    from remax.compare.runner import run_comparison
+
+    run_comparison(inputs, args, ["remax", *sys.argv[1:]])
 
 
 def run_demo(args: DemoConfig) -> None:
@@ -123,11 +152,29 @@ COMMANDS = {
         (config.TrainInputs, config.ReMaxConfig),
         run_train,
     ),
+    "dpo": Command(
+        "Train a policy on pairs of a chosen and a rejected text, without a reward model (DPO).",
+        "--model M --train_dataset FILE --eval_dataset FILE --output_dir OUT [settings]",
+        (config.StageInputs, config.DPOConfig),
+        run_dpo,
+    ),
     "evaluate": Command(
         "Measure reward, KL, length and perplexity of a policy on held-out prompts.",
         "--model M --reward_model R --eval_dataset FILE [settings]",
         (config.EvaluateInputs, config.EvaluateConfig),
         run_evaluate,
+    ),
+    "compare": Command(
+        "Compare methods over seeds under one budget of prompts, tokens or seconds.",
+        "--config compare.yaml --output_dir OUT [settings]",
+        (config.CompareInputs, config.CompareConfig),
+        run_compare,
+    ),
+    "lab": Command(
+        "Measure the variance, signal and cost of every method's gradient at a checkpoint.",
+        "--model M --reward_model R --train_dataset FILE --output_dir OUT [settings]",
+        (config.LabInputs, config.LabConfig),
+        run_lab,
     ),
     "chat": Command(
         "Talk to a checkpoint in the terminal.",

@@ -16,6 +16,7 @@ from remax.config.groups import (
     StageOptions,
 )
 from remax.config.inputs import ChatInputs, EvaluateInputs, StageInputs, TrainInputs
+from remax.config.lab import LabConfig, LabInputs
 from remax.config.objective import ObjectiveOptions, PPOOptions
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "DPOConfig",
     "EvaluateConfig",
     "EvaluateInputs",
+    "LabConfig",
+    "LabInputs",
     "ModelOptions",
     "ObjectiveOptions",
     "OptimiserOptions",

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -11,19 +11,37 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from peft import PeftModel
 from transformers.integrations import get_available_reporting_integrations
 
-from remax.config import RewardConfig, SFTConfig
-from remax.data import check_tokenizer
+from remax.config import DPOConfig, RewardConfig, SFTConfig
+from remax.data import check_tokenizer, eos_token_ids, load_preferences
 from remax.errors import UserError
-from remax.models import check_model_exists, load_tokenizer, quiet, short_reason
+from remax.models import (
+    add_adapter,
+    check_model_exists,
+    load_policy,
+    load_tokenizer,
+    quiet,
+    save_model,
+    short_reason,
+)
 from remax.recording import RunFolder
+from remax.rewards import reward_input_ids
 
-StageConfig = SFTConfig | RewardConfig
+StageConfig = SFTConfig | RewardConfig | DPOConfig
+
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "rewards/accuracies": "accuracy",
+    "mean_token_accuracy": "token accuracy",
+}
+"""The metrics of TRL that the terminal shows, and what they are called there."""
 
 
 class ArgumentsClass(Protocol):
-    """SFTConfig or RewardConfig of TRL."""
+    """SFTConfig, RewardConfig or DPOConfig of TRL."""
 
     def __call__(self, **kwargs: Any) -> Any: ...
 
@@ -137,6 +155,63 @@ def tokenizer_for(model: Any, processing_class: Any) -> Any:
     return tokenizer
 
 
+def load_pairs(dataset: Any, *, flag: str) -> Any:
+    """Returns the preference pairs of a dataset, and says how many were dropped because they prefer nothing.
+
+    Raises:
+        UserError: they cannot be used.
+    """
+    dataset, num_identical = load_preferences(dataset, flag=flag)
+    if num_identical:
+        say(f"{num_identical} pairs of {flag} were dropped: chosen and rejected are the same.")
+    return dataset
+
+
+def short_pairs(
+    dataset: Any, tokenizer: Any, max_length: int, *, flag: str
+) -> list[tuple[dict[str, Any], list[int], list[int]]]:
+    """Returns row, chosen and rejected sequence of the pairs of which both have at most max_length tokens.
+
+    The sequences are finished: see `rewards.text.reward_input_ids`. Says how many pairs were dropped.
+
+    Raises:
+        UserError: no pair is left.
+    """
+    pairs = []
+    for row in dataset.with_format(None):
+        prompt = row.get("prompt", "")
+        chosen, rejected = (reward_input_ids(tokenizer, prompt, row[side], True) for side in ("chosen", "rejected"))
+        if max(len(chosen), len(rejected)) <= max_length:
+            pairs.append((row, chosen, rejected))
+    if not pairs:
+        raise UserError(
+            f"--max_length is {max_length}: no pair of {flag} is that short; set a larger one or a model with more "
+            "positions."
+        )
+    if dropped := len(dataset) - len(pairs):
+        say(f"{dropped} of {len(dataset)} pairs of {flag} were dropped: over {max_length} tokens.")
+    return pairs
+
+
+def policy_to_train(model: Any, config: StageConfig) -> Any:
+    """Returns the language model that is given by name or loaded, with a new LoRA adapter if one is wanted.
+
+    Raises:
+        UserError: it cannot be loaded, or is a reward model.
+    """
+    if isinstance(model, str):
+        return load_policy(model, config, flag="--model")
+    name = type(base_of(model)).__name__
+    if "ForSequenceClassification" in name:
+        raise UserError(f"--model is a {name}: that is a reward model, which cannot write; pass a language model.")
+    return add_adapter(model, config) if config.use_peft and not isinstance(model, PeftModel) else model
+
+
+def base_of(model: Any) -> Any:
+    """Returns the transformers model inside a PEFT model; its layers carry the adapters."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def position_limit(model: Any, config: StageConfig) -> int:
     """Returns the longest example in tokens: --max_length or, if that is less, what the model has positions for."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_length
@@ -146,13 +221,19 @@ def position_limit(model: Any, config: StageConfig) -> int:
 
 
 def train(
-    make_trainer: Callable[[], Any], folder: RunFolder, config: StageConfig, run_config: Mapping[str, Any]
-) -> tuple[Any, float]:
-    """Makes a TRL trainer, writes the run's folder while it trains, and returns it and the mean training loss.
+    make_trainer: Callable[[], Any], model: Any, folder: RunFolder, config: StageConfig, run_config: Mapping[str, Any]
+) -> tuple[Any, Any, float]:
+    """Makes a TRL trainer of the model, and writes the run's folder while it trains.
+
+    Returns:
+        The trainer, the trained model and the mean training loss.
 
     Raises:
         UserError: no example is left to train on, and nothing was written; or the loss is not finite any more.
     """
+    base = base_of(model)
+    own_forward = vars(base).get("forward")
+    trainer = None
     with quiet_training():
         try:
             trainer = make_trainer()
@@ -160,16 +241,22 @@ def train(
                 raise UserError(
                     f"--max_length is {config.max_length}: no example of --train_dataset is left; set a larger one."
                 )
+            PartialState().wait_for_everyone()
+            if PartialState().is_main_process:
+                folder.create(run_config)
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.add_callback(MetricsLog(folder, config.logging_steps, config.learning_rate))
+            result = trainer.train()
         except BaseException:
-            folder.discard()  # transformers creates the folder early
+            if trainer is None or trainer.state.global_step == 0:
+                folder.discard()  # transformers creates the folder early
             raise
-        PartialState().wait_for_everyone()
-        if PartialState().is_main_process:
-            folder.create(run_config)
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.add_callback(MetricsLog(folder, config.logging_steps, config.learning_rate))
-        result = trainer.train()
-    return trainer, float(result.training_loss)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    # TRL puts a forward of its own on the model, which must not outlive the trainer.
+    vars(base).pop("forward", None)
+    if own_forward is not None:
+        base.forward = own_forward
+    return trainer, model, float(result.training_loss)
 
 
 def run_settings(config: StageConfig, model: Any, run_config: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -181,6 +268,24 @@ def write_evaluation(folder: RunFolder, metrics: Mapping[str, float]) -> None:
     """Writes eval.json."""
     if PartialState().is_main_process:
         (folder.path / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def save_policy(
+    model: Any,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    folder: RunFolder,
+    *,
+    base_name: str,
+    title: str,
+    lines: Sequence[str],
+) -> None:
+    """Writes OUT/model with its model card. stop_ids: what ends a completion beside what the model knows already."""
+    if PartialState().is_main_process:
+        ids = sorted({*eos_token_ids(base_of(model).generation_config, tokenizer), *stop_ids})
+        save_model(model, tokenizer, folder.model, eos_token_ids=ids)
+        folder.write_model_card(folder.model, base_model=base_name, title=title, lines=lines)
+    say(f"The model is in {folder.model}.")
 
 
 class MetricsLog(transformers.TrainerCallback):  # type: ignore[misc]
@@ -210,6 +315,6 @@ class MetricsLog(transformers.TrainerCallback):  # type: ignore[misc]
             self.window.clear()
 
     def _means(self) -> Iterator[str]:
-        for key, name in {"loss": "loss", "accuracy": "accuracy", "mean_token_accuracy": "token accuracy"}.items():
+        for key, name in SHOWN.items():
             if key in self.window[0]:
                 yield f"  {name} {sum(logs[key] for logs in self.window) / len(self.window):.4f}"

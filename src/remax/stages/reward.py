@@ -12,16 +12,17 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from remax.config import RewardConfig
-from remax.data import load_preferences
 from remax.errors import UserError
 from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model, save_model
 from remax.recording import RunFolder
-from remax.rewards import RewardModel, require_chat_template, reward_input_ids
+from remax.rewards import RewardModel, require_chat_template
 from remax.stages.common import (
+    load_pairs,
     name_of,
     position_limit,
     run_settings,
     say,
+    short_pairs,
     tokenizer_for,
     train,
     trainer_arguments,
@@ -71,11 +72,8 @@ def run_reward(
     # Dropout is turned off in the model before an adapter is added: TRL would turn off --lora_dropout, too.
     own = {"max_length": None, "disable_dropout": False, "dataset_num_proc": None, "center_rewards_coefficient": None}
     arguments = trainer_arguments(trl.RewardConfig, config, **own)
-    train_dataset, num_identical = load_preferences(train_dataset, flag="--train_dataset")
-    if num_identical:
-        say(f"{num_identical} pairs of --train_dataset were dropped: chosen and rejected are the same.")
-    if eval_dataset is not None:
-        eval_dataset, _ = load_preferences(eval_dataset, flag="--eval_dataset")
+    train_dataset = load_pairs(train_dataset, flag="--train_dataset")
+    eval_dataset = None if eval_dataset is None else load_pairs(eval_dataset, flag="--eval_dataset")
     tokenizer = tokenizer_for(model, processing_class)
     if not isinstance(train_dataset[0]["chosen"], str):
         require_chat_template(tokenizer, flag="--model")
@@ -91,8 +89,7 @@ def run_reward(
         rows = datasets.Dataset.from_dict(train_pairs._asdict())
         return trl.RewardTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
 
-    trainer, loss = train(make_trainer, folder, config, settings)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    _, model, loss = train(make_trainer, model, folder, config, settings)
     metrics = {"loss": loss}
     if eval_pairs is None:
         say("No --eval_dataset was given: nothing held-out was measured, so nobody knows how well the model ranks.")
@@ -139,22 +136,8 @@ def tokenise_pairs(dataset: Any, tokenizer: Any, max_length: int, *, flag: str) 
     Raises:
         UserError: no pair is left.
     """
-    pairs = Pairs([], [])
-    for row in dataset.with_format(None):
-        prompt = row.get("prompt", "")
-        chosen, rejected = (reward_input_ids(tokenizer, prompt, row[side], True) for side in ("chosen", "rejected"))
-        if max(len(chosen), len(rejected)) <= max_length:
-            pairs.chosen_ids.append(chosen)
-            pairs.rejected_ids.append(rejected)
-    kept = len(pairs.chosen_ids)
-    if kept == 0:
-        raise UserError(
-            f"--max_length is {max_length}: no pair of {flag} is that short; set a larger one or a model with more "
-            "positions."
-        )
-    if kept < len(dataset):
-        say(f"{len(dataset) - kept} of {len(dataset)} pairs of {flag} were dropped: over {max_length} tokens.")
-    return pairs
+    pairs = short_pairs(dataset, tokenizer, max_length, flag=flag)
+    return Pairs([chosen for _, chosen, _ in pairs], [rejected for _, _, rejected in pairs])
 
 
 def rank_pairs(reward_model: RewardModel, pairs: Pairs) -> dict[str, float]:

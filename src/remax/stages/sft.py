@@ -7,19 +7,18 @@ from typing import Any
 import torch
 import transformers
 import trl
-from accelerate import PartialState
-from peft import PeftModel
 
 from remax.config import SFTConfig
-from remax.data import check_columns, eos_token_ids
+from remax.data import check_columns
 from remax.data.records import check_format
 from remax.errors import UserError
-from remax.models import add_adapter, load_policy, save_model
 from remax.recording import RunFolder
 from remax.stages.common import (
     name_of,
+    policy_to_train,
     position_limit,
     run_settings,
+    save_policy,
     say,
     tokenizer_for,
     train,
@@ -66,28 +65,17 @@ def run_sft(
 
     transformers.set_seed(config.seed)
     base_name, settings = name_of(model), run_settings(config, model, run_config)
-    if isinstance(model, str):
-        model = load_policy(model, config, flag="--model")
-    elif config.use_peft and not isinstance(model, PeftModel):
-        model = add_adapter(model, config)
+    model = policy_to_train(model, config)
     arguments.max_length = position_limit(model, config)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    own_forward = vars(base).get("forward")
 
     def make_trainer() -> Any:
-        trainer = trl.SFTTrainer(
+        trainer = _Trainer(
             model, arguments, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer
         )
         _say_what_is_cut(trainer.train_dataset, len(train_dataset), arguments.max_length)
         return trainer
 
-    trainer, loss = train(make_trainer, folder, config, settings)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    # TRL puts a forward of its own on the model, which must not outlive the trainer.
-    vars(base).pop("forward", None)
-    if own_forward is not None:
-        base.forward = own_forward
-
+    trainer, model, loss = train(make_trainer, model, folder, config, settings)
     metrics = {"loss": loss}
     if trainer.eval_dataset is None:
         say("No --eval_dataset was given: nothing held-out was measured.")
@@ -97,12 +85,8 @@ def run_sft(
         metrics |= {f"eval/{name}": value for name, value in quality.items()}
         write_evaluation(folder, quality)
         say(f"Held-out: loss {eval_loss:.4f} nats per token, perplexity {quality['perplexity']:.2f}.")
-    if PartialState().is_main_process:
-        ids = sorted({*eos_token_ids(base.generation_config, tokenizer), *stop_ids})
-        save_model(model, tokenizer, folder.model, eos_token_ids=ids)
-        lines = [f"`{base_name}` after supervised fine-tuning on {len(trainer.train_dataset)} examples."]
-        folder.write_model_card(folder.model, base_model=base_name, title="Fine-tuned model", lines=lines)
-    say(f"The model is in {folder.model}.")
+    lines = [f"`{base_name}` after supervised fine-tuning on {len(trainer.train_dataset)} examples."]
+    save_policy(model, tokenizer, stop_ids, folder, base_name=base_name, title="Fine-tuned model", lines=lines)
     return metrics
 
 
