@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
 from remax.logprobs import warp_logits
+from remax.rollout.cache import make_cache
 from remax.rollout.noise import uniforms
 
 _SELECTABLE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer"}
@@ -111,7 +112,7 @@ class EmbeddedEngine:
         tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)
         logprobs = torch.zeros(noise.shape, device=device)
 
-        context, prompt_logits = self._prefill([own[0].prompt for own in group])
+        context, prompt_logits = self._prefill([own[0].prompt for own in group], length)
         num_rows = torch.tensor([len(own) for own in group], device=device)
         prompt_of_row = torch.arange(len(group), device=device).repeat_interleave(num_rows)
         context.select(prompt_of_row)
@@ -135,13 +136,13 @@ class EmbeddedEngine:
             completion.token_ids, completion.logprobs = ids[:end], values[:end]
             completion.truncated = ids[end - 1] not in sampling.eos_token_ids
 
-    def _prefill(self, prompts: list[Prompt]) -> tuple["_Context", Tensor]:
-        """Returns the context of P rows and the logits [P, V] that follow it."""
+    def _prefill(self, prompts: list[Prompt], num_new_tokens: int) -> tuple["_Context", Tensor]:
+        """Returns the context of P rows, with room for new tokens, and the logits [P, V] that follow it."""
         width = max(len(prompt.token_ids) for prompt in prompts)
         num_padding = [width - len(prompt.token_ids) for prompt in prompts]
         ids = [[self._pad_token_id] * n + prompt.token_ids for n, prompt in zip(num_padding, prompts, strict=True)]
         device = self._model.device
-        context = _Context(DynamicCache(config=self._config), torch.tensor(num_padding, device=device)[:, None])
+        context = _Context(make_cache(self._config, num_new_tokens), torch.tensor(num_padding, device=device)[:, None])
         return context, self._forward(context, torch.tensor(ids, device=device))
 
     def _forward(self, context: "_Context", token_ids: Tensor) -> Tensor:
