@@ -254,7 +254,10 @@ def load_rewards(
                     "sequence classification model with one label, or a function."
                 )
             short = Path(name).parent.name if Path(name).name == "model" else Path(name).name
-            loaded.append(RewardModel(model.to(device), tokenizer, name=short or "reward_model", batch_size=batch_size))
+            own = isinstance(reward, str)
+            loaded.append(
+                RewardModel(model.to(device), tokenizer, name=short or "reward_model", batch_size=batch_size, own=own)
+            )
         elif isinstance(reward, CallableReward | RewardModel):
             loaded.append(reward)
         else:

@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from remax import data
+from remax import data, precision
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer
-from remax.rewards import CallableReward, score
+from remax.rewards import CallableReward, RewardModel, score
 
 
 class Rewards(NamedTuple):
@@ -46,6 +46,19 @@ class Components:
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
     model_name: str
+
+    def hold_frozen_in_bfloat16(self) -> None:
+        """Halves what frozen weights take; for a run under bfloat16 autocast, which uses them in bfloat16 anyway.
+
+        Left as they are: a reference that is the policy with its adapter off, and reward models that were passed in
+        loaded, which their owner may use elsewhere.
+        """
+        if self.reference is not None and self.reference.model is not self.policy:
+            precision.hold_in_bfloat16(self.reference.model)
+        for function in self.reward_functions:
+            if isinstance(function, RewardModel) and function.own:
+                precision.hold_in_bfloat16(function.model)
+                function.bf16 = True
 
     def roll_out(
         self, prompts: Sequence[Prompt], *, num_samples: int, greedy: bool | Sequence[bool], seed: int, step: int

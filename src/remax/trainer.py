@@ -114,6 +114,8 @@ class ReMaxTrainer:
             rate_flag="learning_rate",
         )
         self.method = make_method(parts, self.args, self.policy, max_steps=self.max_steps)
+        if self.args.bf16:  # PPO's value model has copied the reward model's float32 weights by now.
+            parts.hold_frozen_in_bfloat16()
         self.meter = PhaseMeter(parts.accelerator.device)
         self.num_tokens = 0
         self.save_final_model = True

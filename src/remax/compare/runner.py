@@ -19,6 +19,7 @@ import torch
 from remax import models
 from remax.assembly import check_cheaply, load_prompts
 from remax.compare import worker
+from remax.compare.accounting import account
 from remax.compare.analysis import analyse
 from remax.compare.hyperparameters import added_hyperparameters
 from remax.compare.spec import Run, check_continues, describe, plan_runs
@@ -32,7 +33,7 @@ PACKAGES = ("remax-rlhf", "torch", "transformers", "accelerate", "trl", "peft", 
 
 
 def run_comparison(inputs: CompareInputs, args: CompareConfig, command: list[str]) -> dict[str, Any]:
-    """Runs what is not finished yet, and returns and prints the results.
+    """Runs what is not finished yet, and returns and prints the results; with --accounting, accounts for a step.
 
     Raises:
         UserError: a setting, model, dataset or reward cannot be used; found before the first run where that is cheap.
@@ -48,15 +49,17 @@ def run_comparison(inputs: CompareInputs, args: CompareConfig, command: list[str
     description |= {
         "hyperparameters": {run.label: added_hyperparameters(run.args) for run in runs},
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         "commit": _commit(),
         "command": " ".join(command),
         "date": datetime.date.today().isoformat(),
     }
-    write_json(folder / "comparison.json", description)
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     # The server imports what takes seconds once, computes nothing, and every run is a fork of it.
     context.set_forkserver_preload(["remax.compare.worker"])
+    if args.accounting:
+        return account(inputs, runs, folder, context, description)
+    write_json(folder / "comparison.json", description)
     for number, planned in enumerate(runs, start=1):
         _run(context, inputs, planned, args, f"run {number}/{len(runs)}: {planned.label}, seed {planned.seed}")
     results = analyse(folder)
@@ -107,6 +110,11 @@ def _check_parts(inputs: CompareInputs, runs: list[Run]) -> None:
             f"--settings has batch_size {largest}: --train_dataset has only {len(prompts)} usable prompts, which do "
             "not fill one step; set it to that or less."
         )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that matter."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def hardware() -> dict[str, Any]:

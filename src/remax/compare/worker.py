@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +51,9 @@ class Observer(TrainerCallback):  # type: ignore[misc]
         self.spent.seconds += time.perf_counter() - self.started
         self.spent.prompts += args.batch_size
         self.spent.tokens = kwargs["num_tokens"]
+        comparison = multiprocessing.parent_process()
+        if comparison is not None and not comparison.is_alive():
+            raise SystemExit("The comparison was killed, so its run ends too.")
         if getattr(self.spent, self.unit) >= self.amount:
             control.should_training_stop = True
 

@@ -70,7 +70,8 @@ class PrecisionOptions(Options):
     dtype: DType = "float32"
     """Type of the weights that are loaded and trained. Small updates vanish in bfloat16; see --bf16."""
     bf16: bool = False
-    """Forward and backward in bfloat16 autocast over the weights of --dtype (the usual mixed precision)."""
+    """Forward and backward in bfloat16 autocast over the weights of --dtype (the usual mixed precision). In RL the
+    reference and a --reward_model are then held in bfloat16, and rewards have about three digits."""
     attn_implementation: str | None = None
     """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...); by default its choice."""
 

@@ -5,9 +5,11 @@ critic_free.py  ReMax, REINFORCE, RLOO, GRPO: one update per batch
 ppo.py          values, clipped ratios, epochs
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from remax.components import Components, Rewards
 from remax.config import ReMaxConfig
@@ -30,6 +32,10 @@ class Method(Protocol):
 
     def credit(self, rollout: Rollout, rewards: Rewards) -> Credit:
         """Returns the advantage of every sample."""
+        ...
+
+    def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
+        """Yields the policy's losses of a first update on these samples; their gradients add up to the estimate."""
         ...
 
     def update(self, record: StepRecord) -> None:

@@ -71,15 +71,19 @@ class PPO:
         """Takes all updates of a step, and completes the record."""
         self.num_steps += 1
         rows = record.trained.nonzero().flatten().tolist()
-        if not rows:
-            return
+        if rows:
+            self._learn(record, rows)
+        self.critic.scheduler.step()
+
+    def _learn(self, record: StepRecord, rows: Sequence[int]) -> None:
+        """Takes the step's updates on these samples."""
         experience = self.experience([record.rollout.samples[row] for row in rows], record.advantages[rows])
         record.advantages[rows] = experience.advantages[:, 0].cpu()
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.num_steps)
         updates = []
         for epoch in range(self.args.num_ppo_epochs):
             order = torch.randperm(len(rows), generator=generator)
-            for part in order.tensor_split(self.args.num_mini_batches):
+            for part in order.tensor_split(min(self.args.num_mini_batches, len(rows))):
                 chosen = part.tolist()
                 recorded = [rows[i] for i in chosen] if epoch == 0 else None
                 updates.append(self._update_once(experience, chosen, record, recorded))
@@ -88,7 +92,6 @@ class PPO:
         record.metrics["value/explained_variance"] = _explained_variance(experience)
         record.metrics["beta"] = self.beta
         self._adapt_beta(experience)
-        self.critic.scheduler.step()
 
     @torch.no_grad()
     def experience(self, samples: list[Completion], rewards: Tensor) -> Experience:
@@ -131,12 +134,9 @@ class PPO:
 
         def policy_losses() -> Iterator[Tensor]:
             nonlocal num_clipped
-            for group, batch, own in self._micro_batches(experience, rows):
-                result, outside = self._policy_loss(own, batch, len(rows), num_tokens)
+            for loss, outside in self._policy_losses(experience, rows, record, recorded):
                 num_clipped += outside
-                if recorded is not None:
-                    record.add([recorded[i] for i in group], result)
-                yield result.loss
+                yield loss
 
         def value_losses() -> Iterator[Tensor]:
             nonlocal value_loss
@@ -152,6 +152,23 @@ class PPO:
 
         policy_norm, value_norm = self.policy.update(policy_losses()), self.critic.update(value_losses())
         return policy_norm, num_clipped / num_tokens, value_loss, value_norm
+
+    def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
+        """Yields the policy's loss of a first pass over these rows as one mini-batch, and records what it shows."""
+        experience = self.experience([record.rollout.samples[row] for row in rows], record.advantages[rows])
+        for loss, _ in self._policy_losses(experience, range(len(rows)), record, rows):
+            yield loss
+
+    def _policy_losses(
+        self, experience: Experience, rows: Sequence[int], record: StepRecord, recorded: Sequence[int] | None
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Yields the loss of each micro-batch and how many of its tokens lie outside the clip range."""
+        num_tokens = int(experience.mask[rows].sum())
+        for group, batch, own in self._micro_batches(experience, rows):
+            result, outside = self._policy_loss(own, batch, len(rows), num_tokens)
+            if recorded is not None:
+                record.add([recorded[i] for i in group], result)
+            yield result.loss, outside
 
     def _policy_loss(self, own: Experience, batch: Batch, num_rows: int, num_tokens: int) -> tuple[BatchLoss, int]:
         """Returns the clipped loss of a micro-batch and how many of its tokens lie outside the clip range."""

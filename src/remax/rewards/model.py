@@ -15,9 +15,12 @@ MISSING = float("nan")
 
 
 class RewardModel:
-    """Scores completions with a reward model, in float32, evaluation mode and without gradients.
+    """Scores completions with a reward model, in evaluation mode and without gradients.
 
     Texts are tokenised anew: the policy may have another tokenizer. A score does not depend on what else is scored.
+
+    It scores in float32 or, when `bf16` is set, under bfloat16 autocast with the scalar head in float32: scores then
+    have about three digits, and what else is scored moves them by no more than that.
 
     A completion that is longer, with its prompt, than the positions the model was trained on has no reward (NaN), and
     a warning is given once: cut to fit, it would lose its prompt or its end, and its score would mean something else.
@@ -31,12 +34,19 @@ class RewardModel:
         name: str = "reward_model",
         batch_size: int = 64,
         device: torch.device | str | None = None,
+        own: bool = False,
     ) -> None:
-        """Takes a model with one label and its tokenizer; device None scores where the model is at that time."""
+        """Takes a model with one label and its tokenizer.
+
+        device: None scores where the model is at that time. own: nobody else uses the model, so its weights may be held
+        in bfloat16.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.device = device
+        self.own = own
+        self.bf16 = False
         config = model.config.get_text_config()
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.num_overlong = 0
@@ -83,9 +93,10 @@ class RewardModel:
         for row, ids in enumerate(batch):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             attention_mask[row, : len(ids)] = 1
-        logits: Tensor = self.model(
-            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **self.kwargs
-        ).logits
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            logits: Tensor = self.model(
+                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **self.kwargs
+            ).logits
         return logits.float().view(len(batch)).cpu()
 
     def _count_overlong(self, number: int) -> None:
