@@ -25,6 +25,8 @@ class CriticFree:
         self.parts, self.args, self.policy = parts, args, policy
         self.baseline = MAKE_BASELINE[str(args.baseline)]()
         self.greedy_rewards = GreedyRewards(args.greedy_every) if args.needs_greedy else None
+        self.metrics: dict[str, float] = {}
+        """Of the last credit."""
 
     def greedy_wanted(self, prompts: Sequence[Prompt]) -> list[bool]:
         """Returns for which prompts this step needs a greedy completion."""
@@ -48,14 +50,15 @@ class CriticFree:
         if args.reward_clip is not None and args.reward_clip_mode == "raw":
             sampled, greedy = (r.clamp(-args.reward_clip, args.reward_clip) for r in (sampled, greedy))
         baselines = self.baseline(sampled, greedy)
+        if isinstance(self.baseline, Mixed):
+            self.metrics["baseline/alpha"] = self.baseline.alpha
         self.baseline.observe(sampled, greedy)
         advantages = estimators.advantages(sampled, baselines, args.reward_clip, args.reward_clip_mode)
         return advantages / estimators.group_std(sampled) if args.method == "grpo" else advantages
 
     def update(self, record: StepRecord) -> None:
         """Takes one gradient step on the samples that have an advantage, and completes the record."""
-        if isinstance(self.baseline, Mixed):
-            record.metrics["baseline/alpha"] = self.baseline.alpha
+        record.metrics |= self.metrics
         rows = record.trained.nonzero().flatten().tolist()
         if rows:
             record.grad_norm = self.policy.update(self.losses(record, rows))
