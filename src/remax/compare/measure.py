@@ -8,7 +8,7 @@ import contextlib
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from remax.compare import predict
 from remax.compare.hyperparameters import added_hyperparameters
+from remax.compare.predict import Call
 from remax.compare.spec import Run
 from remax.config import CompareInputs
 from remax.errors import UserError
@@ -30,28 +31,15 @@ from remax.progress import PlainLines
 from remax.rewards import load_reward_function
 from remax.trainer import ReMaxTrainer
 
+_count: Any = sdpa_flop_count
+_count_backward: Any = sdpa_backward_flop_count
 CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+        lambda gradient, q, k, v, *_, **__: _count_backward(gradient, q, k, v)
     ),
 }
 """Operations that torch's counter does not know by itself."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One forward pass of a network."""
-
-    network: str
-    phase: str
-    rows: int
-    length: int
-    """Tokens of a row, padding included."""
-    outputs: int
-    """Positions that the language-model head was applied to, in all rows together."""
-    trained: bool
-    """Whether a backward pass follows."""
 
 
 def measure_run(inputs: CompareInputs, planned: Run, log: Path) -> dict[str, Any]:
@@ -233,7 +221,9 @@ class Watch(PhaseMeter):
         rows, length = kwargs["input_ids"].shape
         self.calls.append(Call("policy", self.phase, rows, length, rows, trained=False))
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
-        self.largest_cache = max(self.largest_cache, num_bytes(tensors))
+        # Their storages: the engine makes room for the tokens to come.
+        storages = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+        self.largest_cache = max(self.largest_cache, sum(storages.values()))
 
     def _on_scorer(self, name: str) -> Any:
         def hook(module: Any, args: Any, outputs: Any) -> None:
@@ -272,7 +262,7 @@ class Watch(PhaseMeter):
             self.experience_flops = self.counter.get_total_flops()
             return result
 
-        method.experience = counted  # type: ignore[method-assign]
+        vars(method)["experience"] = counted
 
 
 class Transients(PhaseMeter):
@@ -331,11 +321,11 @@ class _Held:
         self.tensor = tensor
 
 
-class LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The peak bytes of the tensors that are made inside and still alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.total = 0
         self.known: set[int] = set()
 

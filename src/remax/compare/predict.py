@@ -1,14 +1,14 @@
 """What a step of a method should take, by formula: from counts of parameters, the model's config and shapes.
 
-Static bytes are exact. So is the cache, if no completion ends early and no layer has a sliding window. The activations
-are those of a Llama-like layer (RMSNorm, gated MLP, fused attention): for such models within ten percent, for others
-the right order of magnitude. Operations are those of linear layers alone: attention, whose share grows with the number
-of tokens over the hidden size, and everything elementwise are left out.
+Static bytes are exact, and so is the cache if no layer has a sliding window. The activations are those of a Llama-like
+layer (RMSNorm, gated MLP, fused attention): for such models within ten percent, for others the right order of
+magnitude. Operations are those of linear layers alone: attention, whose share grows with the number of tokens over the
+hidden size, and everything elementwise are left out.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -23,15 +23,19 @@ ADAM_STATES = 2
 """Averages of the gradient and of its square, in the type of the weight; and a step number of 4 bytes per tensor."""
 
 
-class Call(Protocol):
-    """One forward pass of a network, as `remax.compare.measure` saw it."""
+@dataclass(frozen=True)
+class Call:
+    """One forward pass of a network."""
 
     network: str
     phase: str
     rows: int
     length: int
+    """Tokens of a row, padding included."""
     outputs: int
+    """Positions that the language-model head was applied to, in all rows together."""
     trained: bool
+    """Whether a backward pass follows."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class Widths:
 def phase_bytes(trainer: ReMaxTrainer, calls: Sequence[Call]) -> dict[str, dict[str, int]]:
     """Returns the largest sizes by phase.
 
-    rollout: the cache and logits of all rows decoded together, if no completion ended before --max_completion_length.
+    rollout: the cache and logits of all rows that are decoded together.
     reward, update: what the calls' shapes need.
     """
     args, parts = trainer.args, trainer.parts
@@ -184,7 +188,7 @@ def phase_bytes(trainer: ReMaxTrainer, calls: Sequence[Call]) -> dict[str, dict[
     rows_of_prompt = args.num_generations + any(trainer.method.greedy_wanted(prompts))
     together = max(1, args.rollout_batch_size // rows_of_prompt) if args.rollout_batch_size else len(prompts)
     rows = min(together, len(prompts)) * rows_of_prompt
-    length = max(len(prompt.token_ids) for prompt in prompts) + args.max_completion_length - 1
+    length = max(len(prompt.token_ids) for prompt in prompts) + args.max_completion_length
     updates = [call for call in calls if call.phase == "update" and call.network in ("policy", "reference")]
     chunk = max(1, trainer.policy.network.chunk_elements // policy.vocabulary)
     outputs = max(min(call.outputs, chunk) for call in updates)
@@ -203,12 +207,14 @@ def phase_bytes(trainer: ReMaxTrainer, calls: Sequence[Call]) -> dict[str, dict[
 
 
 def kv_cache_bytes(widths: Widths, rows: int, length: int, args: ReMaxConfig) -> int:
-    """Returns 2 x layers x kv_heads x head_dim x rows x length x bytes.
+    """Returns layers x kv_heads x head_dim x rows x length x (bytes of a key + bytes of a value).
 
-    Under autocast the rotary embedding, which is float32, makes the keys float32 again, and the values with them.
+    length: of the longest prompt and --max_completion_length together, for which the engine makes room. Under autocast
+    the rotary embedding, which is float32, makes the keys float32 again.
     """
-    half = args.dtype == "bfloat16" or (args.bf16 and not widths.rotary)
-    return 2 * widths.layers * widths.keys * rows * length * (2 if half else 4)
+    value_bytes = 2 if args.bf16 or args.dtype == "bfloat16" else 4
+    key_bytes = 4 if args.bf16 and args.dtype == "float32" and widths.rotary else value_bytes
+    return widths.layers * widths.keys * rows * length * (key_bytes + value_bytes)
 
 
 def _reward_activations(trainer: ReMaxTrainer, calls: Sequence[Call]) -> int:
