@@ -42,7 +42,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def compare(folder: Path, inputs: dict[str, Any], **settings: Any) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f"{folder.name}.yaml"
-    path.write_text(yaml.safe_dump({"settings": QUICK, "budget_amount": 4, "seeds": [1], **inputs, **settings}, sort_keys=False))
+    content = {"settings": QUICK, "budget_amount": 4, "seeds": [1], **inputs, **settings}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return main(["compare", "--config", str(path), "--output_dir", str(folder)])
 
 
