@@ -22,6 +22,7 @@ from remax.config import (
     EvaluateConfig,
     EvaluateInputs,
     ModelOptions,
+    PrecisionOptions,
     PromptOptions,
     ReMaxConfig,
     SamplingOptions,
@@ -125,13 +126,7 @@ def assemble_evaluation(inputs: EvaluateInputs, reward_funcs: Any, args: Evaluat
     check_context(policy, prompts, args.max_completion_length)
     reference = None
     if inputs.ref_model is not None:
-        ref_model = models.load_policy(inputs.ref_model, options, flag="--ref_model").to(accelerator.device).eval()
-        if ref_model.config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
-            raise UserError(
-                f"--ref_model is {inputs.ref_model}: its vocabulary is not that of --model {inputs.model}, so no KL "
-                "between them exists; set the model that training started from."
-            )
-        reference = CompletionScorer(ref_model)
+        reference = load_other_reference(inputs.ref_model, args, policy)
     return Components(
         accelerator=accelerator,
         policy=policy,
@@ -293,6 +288,22 @@ def load_reference(policy: Any) -> CompletionScorer:
     if isinstance(policy, PeftModel) and models.adapter_is_new(policy):
         return CompletionScorer(policy, adapters=False)
     return CompletionScorer(models.copy_as_reference(policy))
+
+
+def load_other_reference(name: str, args: PrecisionOptions, policy: Any) -> CompletionScorer:
+    """Returns another model than the policy as the reference, on the policy's device.
+
+    Raises:
+        UserError: it cannot be loaded, or has another vocabulary.
+    """
+    options = ModelOptions(dtype=args.dtype, attn_implementation=args.attn_implementation)
+    model = models.load_policy(name, options, flag="--ref_model").to(policy.device).eval()
+    if model.config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
+        raise UserError(
+            f"--ref_model is {name}: its vocabulary is not that of --model {policy.name_or_path}, so no KL between "
+            "them exists; set the model that training started from."
+        )
+    return CompletionScorer(model.requires_grad_(False))
 
 
 def sampling_of(args: SamplingOptions, policy: Any, tokenizer: Any) -> Sampling:

@@ -10,6 +10,7 @@ from remax.config.compare import CompareConfig, CompareInputs
 from remax.config.groups import (
     ModelOptions,
     OptimiserOptions,
+    PrecisionOptions,
     PromptOptions,
     SamplingOptions,
     ScoringOptions,
@@ -33,6 +34,7 @@ __all__ = [
     "ObjectiveOptions",
     "OptimiserOptions",
     "PPOOptions",
+    "PrecisionOptions",
     "PromptOptions",
     "ReMaxConfig",
     "RewardConfig",

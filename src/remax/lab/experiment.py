@@ -8,14 +8,13 @@ from typing import Any
 from transformers import set_seed
 
 from remax import models
-from remax.assembly import assemble
+from remax.assembly import assemble, load_other_reference
 from remax.batching import PromptOrder
 from remax.components import Components
-from remax.config import LabConfig, LabInputs, ModelOptions, ReMaxConfig
+from remax.config import LabConfig, LabInputs, ReMaxConfig
 from remax.errors import UserError
 from remax.lab import report
 from remax.lab.measurement import measure
-from remax.logprobs import CompletionScorer
 from remax.recording import RunFolder
 
 
@@ -74,16 +73,5 @@ def assemble_lab(
         training = dataclasses.replace(training, kl_mode="none")
     parts = assemble(training, model=inputs.model, reward_funcs=reward_funcs, train_dataset=inputs.train_dataset)
     if inputs.ref_model is not None:
-        parts.reference = _reference(inputs.ref_model, inputs.model, args, parts)
+        parts.reference = load_other_reference(inputs.ref_model, args, parts.policy)
     return parts
-
-
-def _reference(name: str, model_name: str, args: LabConfig, parts: Components) -> CompletionScorer:
-    options = ModelOptions(dtype=args.dtype, attn_implementation=args.attn_implementation)
-    model = models.load_policy(name, options, flag="--ref_model").to(parts.accelerator.device).eval()
-    if model.config.get_text_config().vocab_size != parts.policy.config.get_text_config().vocab_size:
-        raise UserError(
-            f"--ref_model is {name}: its vocabulary is not that of --model {model_name}, so no KL between them exists; "
-            "set the model that training started from."
-        )
-    return CompletionScorer(model.requires_grad_(False))

@@ -88,6 +88,8 @@ def measure(
         CompletionScorer(parts.policy), OptimiserOptions(), parts.accelerator, max_steps=1, rate_flag="learning_rate"
     )
     estimators = {label: Estimator(parts, training, learner) for label, training in trainings.items()}
+    if any(training.bf16 for training in trainings.values()):  # as in training, after the value model is made
+        parts.hold_frozen_in_bfloat16()
     bench = Bench(layers_of(parts.policy), num_gradients, seed, folder)
     print(f"Drawing {NUM_WARMUP + num_gradients} rollouts of {len(prompts)} prompts.")
     drawn = draw_all(
