@@ -116,6 +116,7 @@ def draw_curves(curves: dict[str, dict[str, Any]], path: Path) -> None:
             axis.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
             axis.plot(numbers, own["expected_best"], color=colour, marker=marker, markersize=4, label=name)
         axis.set_xlabel("random configurations tried")
+        axis.set_xticks([1, 4, 8, 12, NUM_CONFIGURATIONS])
         axis.set_title(f"best {title}, expected", fontsize=10)
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False)

@@ -1,6 +1,7 @@
 """`remax compare`: which runs there are, what makes them unequal, budgets, and going on after an interruption."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,13 @@ def test_a_run_is_like_one_of_remax_train(tmp_path: Path, inputs: dict[str, Any]
         ({"methods": {"remax": {"betta": 0.5}}}, "has betta: no run has such a setting; did you mean beta"),
         ({"methods": {"remax": 3}}, "--methods has remax: 3: that is no mapping"),
         ({"methods": {"../x": {"method": "ppo"}}}, "--methods has the label '../x': a folder is named after it"),
+        ({"methods": {" ": {"method": "ppo"}}}, "--methods has the label ' '"),
+        ({"methods": {1: {"method": "ppo", "cliprange": -1.0}}}, "1 of --methods: --cliprange is -1.0"),
+        ({"settings": {"method": "ppo"}}, "--settings has method: it is what is compared"),
+        ({"settings": {"reward_weights": 0.5}}, "--reward_weights is 0.5: that is no list"),
+        ({"settings": {"reward_weights": ["x"]}}, "--reward_weights is 'x': that is not a number"),
+        ({"seeds": 3}, "--seeds is 3: that is no list"),
+        ({"budget_amount": math.inf}, "--budget_amount is inf: no run would end"),
         ({"methods": {}}, "there is nothing to compare"),
         ({"settings": {"seed": 1}}, "--settings has seed: that holds for the whole comparison; set it as --seeds"),
         ({"settings": {"max_steps": 1}}, "--settings has max_steps: .*--budget"),
@@ -177,8 +185,14 @@ def test_mistakes_in_the_inputs_are_found_before_anything_is_written(
 def test_another_model_or_reward_is_another_comparison(tmp_path: Path, inputs: dict[str, Any]) -> None:
     args = CompareConfig(methods={"remax": {}})
     description = describe(CompareInputs(**inputs), args, plan_runs(args))
-    (tmp_path / "comparison.json").write_text(json.dumps(description))
+    (tmp_path / "comparison.json").write_text(json.dumps({**description, "model": "before any run was finished"}))
     check_continues(tmp_path, description)
+    (tmp_path / "comparison.json").write_text(json.dumps(description))
+    (tmp_path / "runs" / "remax" / "seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "remax" / "seed0" / "run.json").write_text("{}")
+    check_continues(tmp_path, description)
+    smaller = CompareConfig(methods={"remax": {}}, settings={"micro_batch_tokens": 64})
+    check_continues(tmp_path, describe(CompareInputs(**inputs), smaller, plan_runs(smaller)))
     for name in ("model", "train_dataset", "reward_funcs", "gold_reward_funcs"):
         changed = describe(
             CompareInputs(**{**inputs, name: ["b:c"] if "funcs" in name else "b"}), args, plan_runs(args)
@@ -190,5 +204,18 @@ def test_another_model_or_reward_is_another_comparison(tmp_path: Path, inputs: d
 def test_the_hyperparameters_that_methods_add() -> None:
     assert added_hyperparameters(ReMaxConfig()) == added_hyperparameters(ReMaxConfig(method="reinforce")) == []
     assert added_hyperparameters(ReMaxConfig(method="rloo")) == ["num_generations"]
+    assert added_hyperparameters(ReMaxConfig(baseline="mixed")) == ["num_generations", "baseline"]
     assert len(added_hyperparameters(ReMaxConfig(method="ppo"))) == 8
     assert len(added_hyperparameters(ReMaxConfig(method="ppo", target_kl=5.0))) == 10
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, inputs: dict[str, Any], capsys: Any) -> None:
+    folder = tmp_path / "out"
+    methods = {"remax": {}, "wild": {"method": "reinforce", "learning_rate": 1e20}, "reinforce": {}}
+    assert compare(folder, inputs, methods=methods, budget_amount=16) == 2
+    output = capsys.readouterr()
+    assert "1 of 3 runs failed and are missing from the results: wild, seed 1: --learning_rate is 1e+20" in output.err
+    assert "run 3/3: reinforce" in output.out
+    results = json.loads((folder / "results.json").read_text())
+    assert results["missing"] == [{"label": "wild", "seed": 1}]
+    assert results["methods"]["reinforce"]["metrics"]["reward"]["mean"] is not None

@@ -39,6 +39,7 @@ from remax.demo.settings import DemoConfig
         ({"method": "ppo", "reward_clip": 1.0, "reward_clip_mode": "difference"}, "--reward_clip_mode is difference"),
         ({"method": "ppo", "beta": 0.0, "target_kl": 5.0}, "--target_kl is 5.0: there is no KL to adapt to"),
         ({"method": "ppo", "num_mini_batches": 33}, "--num_mini_batches is 33: a step has only 32 completions"),
+        ({"method": "ppo", "target_kl": 5.0, "kl_horizon": 20}, "--kl_horizon is 20: .* 32 completions .* 32 or more"),
         ({"cliprange": 0.3}, "--cliprange is 0.3: --method remax has no such step and would ignore it"),
     ],
 )

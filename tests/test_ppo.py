@@ -14,7 +14,7 @@ from remax.batching import collate
 from remax.errors import UserError
 from remax.interfaces import Completion
 from remax.methods import ppo
-from remax.metrics import StepRecord
+from remax.metrics import StepRecord, step_metrics
 from test_trainer import PROMPTS, calm_policy, make_trainer, read, vowels
 
 ONE_UPDATE = {"num_ppo_epochs": 1, "num_mini_batches": 1}
@@ -379,3 +379,17 @@ def test_the_value_model_has_a_rate_of_its_own(tmp_path: Path) -> None:
     trainer.method.critic.network.head.weight.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(UserError, match=r"--value_learning_rate is 0.003 .*the gradient is not finite"):
         trainer.train()
+
+
+def test_the_record_of_several_mini_batches_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    """The loss is a mean over all samples, and only the untouched policy is compared with the rollout."""
+    records = []
+    for name, num_mini_batches in (("whole", 1), ("parts", 4)):
+        settings = {"method": "ppo", "num_ppo_epochs": 1, "num_mini_batches": num_mini_batches, "batch_size": 8}
+        trainer = make_trainer(tmp_path / name, learning_rate=1e-12, **settings)
+        records.append(trainer.step(trainer.order.batch(1), 1))
+    whole, parts = records
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-4, abs=1e-6)
+    assert whole.logprob_difference.isfinite().sum() == 8
+    assert parts.logprob_difference.isfinite().sum() == 2
+    assert step_metrics(parts)["sampling/logprob_difference_max"] < 1e-4

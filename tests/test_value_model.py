@@ -223,6 +223,11 @@ def test_precision_dropout_and_checkpointing_are_those_of_the_settings(tmp_path:
     nn.init.normal_(value_model.head.weight)
     batch = batch_of(completions())
     assert torch.equal(value_model(batch), value_model(batch))
+    adapted = load(own_policy=policy(), gradient_checkpointing=True, use_peft=True, lora_dropout=0.5)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or name.startswith("head"):
+            nn.init.normal_(parameter)
+    assert torch.equal(adapted(batch), adapted(batch)), "the adapter's own dropout is off, too"
 
 
 def other_tokenizer() -> Any:

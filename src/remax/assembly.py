@@ -325,13 +325,13 @@ def sampling_of(args: SamplingOptions, policy: Any, tokenizer: Any) -> Sampling:
     )
 
 
-def check_context(policy: Any, prompts: Sequence[Prompt], max_completion_length: int) -> None:
-    """Raises UserError if the longest prompt and completion do not fit in the model's context together."""
-    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+def check_context(model: Any, prompts: Sequence[Prompt], max_completion_length: int, *, of: str = "the model") -> None:
+    """Raises UserError if the longest prompt and completion do not fit in a model's context together."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if limit and longest + max_completion_length > limit:
         raise UserError(
             f"--max_completion_length is {max_completion_length}: with the longest prompt of {longest} tokens that is "
-            f"more than the model's context of {limit}; set --max_completion_length {limit - longest} or less, or a "
+            f"more than {of}'s context of {limit}; set --max_completion_length {limit - longest} or less, or a "
             "smaller --max_prompt_length."
         )

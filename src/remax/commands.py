@@ -147,7 +147,7 @@ COMMANDS = {
         run_reward,
     ),
     "train": Command(
-        "Train a policy with ReMax against a reward model or reward functions.",
+        "Train a policy with ReMax, or another method, against a reward model or functions.",
         "--model M --reward_model R --train_dataset FILE --output_dir OUT [settings]",
         (config.TrainInputs, config.ReMaxConfig),
         run_train,

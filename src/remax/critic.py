@@ -73,12 +73,13 @@ def load_value_model(args: ReMaxConfig, policy: Any, tokenizer: Any, rewards: li
         value_model = _of_language_model(
             as_given.merge_and_unload() if hasattr(as_given, "merge_and_unload") else as_given
         )
-    models.disable_dropout(value_model.body)
-    value_model.requires_grad_(True).train(args.gradient_checkpointing)
-    if args.gradient_checkpointing:
-        value_model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    value_model.requires_grad_(True)
     if args.use_peft:
         value_model.body = models.add_adapter(value_model.body, args)
+    models.disable_dropout(value_model.body)
+    value_model.train(args.gradient_checkpointing)
+    if args.gradient_checkpointing:
+        value_model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return value_model
 
 
@@ -88,7 +89,8 @@ def _of_classifier(model: Any) -> ValueModel:
 
 
 def _of_language_model(model: Any) -> ValueModel:
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+    # Not the config's hidden size: what the last layer gives may be projected first (OPT).
+    head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return ValueModel(model.base_model, head.to(model.device))

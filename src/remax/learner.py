@@ -53,6 +53,7 @@ class Learner:
             self.accelerator.backward(loss)
         norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
         if not math.isfinite(norm):
+            self.optimizer.zero_grad()
             raise UserError(
                 f"--{self.rate_flag} is {self.learning_rate:.3g} at this step: the gradient is not finite, and a step "
                 "with it would destroy the weights; set a lower rate, or more --warmup_steps."

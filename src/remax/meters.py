@@ -31,8 +31,10 @@ class PhaseMeter:
     def measure(self, phase: str) -> Iterator[None]:
         """Measures what happens inside: seconds, and peak bytes allocated on a GPU, resident in memory on a CPU."""
         self._reset_peak()
+        self._synchronise()
         started = time.perf_counter()
         yield
+        self._synchronise()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
         self.peak_bytes[phase] = max(self.peak_bytes.get(phase, 0), self._peak())
 
@@ -40,6 +42,11 @@ class PhaseMeter:
         """Returns time/PHASE in seconds and memory/PHASE in bytes."""
         seconds = {f"time/{phase}": value for phase, value in self.seconds.items()}
         return seconds | {f"memory/{phase}": float(value) for phase, value in self.peak_bytes.items()}
+
+    def _synchronise(self) -> None:
+        """Waits for a GPU, which works on after a call returns: its time belongs to the phase that asked for it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":

@@ -54,12 +54,17 @@ class StepRecord:
         """[S] reward minus baseline, clipped if asked for."""
         return self.credit.advantages
 
-    def add(self, rows: list[int], result: BatchLoss) -> None:
-        """Takes what a micro-batch of these rows showed."""
+    def add(self, rows: list[int], result: BatchLoss, *, untouched: bool = True) -> None:
+        """Takes what a micro-batch of these rows showed.
+
+        untouched: the policy is still the one that drew the samples, so its log-probabilities have to be theirs.
+        """
         self.loss += result.loss.item()
         self.kl[rows] = result.kl.float().cpu()
         self.entropy[rows] = result.entropy.float().cpu()
         self.no_signal[rows] = result.no_signal.cpu()
+        if not untouched:
+            return
         for row, logprobs in zip(rows, result.logprobs.float().cpu(), strict=True):
             drawn = torch.tensor(self.rollout.samples[row].logprobs)
             self.logprob_difference[row] = (logprobs[: len(drawn)] - drawn).abs().max()
@@ -115,10 +120,11 @@ def _reward_metrics(record: StepRecord) -> dict[str, Tensor]:
 def _policy_metrics(record: StepRecord) -> dict[str, Tensor]:
     trained = record.trained
     lengths = _lengths(record.rollout.samples)[trained]
+    differences = record.logprob_difference[trained & record.logprob_difference.isfinite()]
     metrics = {
         "entropy": (record.entropy[trained] * lengths).sum() / lengths.sum(),
         "gradient/zero_signal_fraction": record.no_signal[trained].float().mean(),
-        "sampling/logprob_difference_max": record.logprob_difference[trained].max(),
+        "sampling/logprob_difference_max": differences.max() if len(differences) else torch.tensor(torch.nan),
     }
     if record.kl[trained].isfinite().any():
         metrics["kl"] = record.kl[trained].mean()

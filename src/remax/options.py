@@ -96,11 +96,14 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise UserError(f"--{name} is {value}: that is not one of {', '.join(choices)}; {advice}.")
         return value
     if get_origin(hint) is list:
-        return [value] if isinstance(value, str) else list(value)
+        (item_hint,) = get_args(hint)
+        if not isinstance(value, list | tuple | str):
+            raise UserError(f"--{name} is {value!r}: that is no list; set [{value!r}].")
+        return [_typed(name, item, item_hint) for item in ([value] if isinstance(value, str) else value)]
     if get_origin(hint) is dict:
         if not isinstance(value, dict):
             raise UserError(f"--{name} is {value!r}: that is no mapping; write `name: value` lines under it.")
-        return dict(value)
+        return {str(key): item for key, item in value.items()}
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     accepted = (int, float) if hint is float else hint

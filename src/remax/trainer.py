@@ -164,10 +164,10 @@ class ReMaxTrainer:
             self.view.start(self.max_steps)
             for step in range(1, self.max_steps + 1):
                 metrics = self._recorded_step(step)
-                if self.args.eval_steps and step % self.args.eval_steps == 0 and step < self.max_steps:
-                    self._evaluate()
                 if self.control.should_training_stop:
                     break
+                if self.args.eval_steps and step % self.args.eval_steps == 0 and step < self.max_steps:
+                    self._evaluate()
             self._evaluate()
             if self.save_final_model:
                 self.save_model(self.folder.model)

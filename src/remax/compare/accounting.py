@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -70,9 +71,9 @@ def _measured(context: Any, inputs: CompareInputs, run: Run, log: Path) -> dict[
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(measure_run, inputs, run, log).result()
-    except BrokenProcessPool:
+    except (BrokenProcessPool, torch.OutOfMemoryError):
         raise UserError(
-            f"the accounting of {run.label}: its process was killed, perhaps for lack of memory; see {log}, free "
+            f"the accounting of {run.label}: its memory did not suffice, or its process was killed; see {log}, free "
             "memory or set a smaller --settings micro_batch_tokens."
         ) from None
 

@@ -1,6 +1,7 @@
 """How many settings a method adds to what all methods share: the models, the data, the policy's optimiser, the KL."""
 
 from remax.config import ReMaxConfig
+from remax.config.objective import BASELINES
 
 
 def added_hyperparameters(args: ReMaxConfig) -> list[str]:
@@ -13,4 +14,5 @@ def added_hyperparameters(args: ReMaxConfig) -> list[str]:
             *optional,
         ]
     groups = ["num_generations"] if args.num_generations > 1 else []
+    groups += ["baseline"] if args.baseline != BASELINES[args.method][0] else []
     return groups + (["greedy_every"] if args.greedy_every > 1 else [])

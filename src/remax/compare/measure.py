@@ -59,7 +59,7 @@ def measure_run(inputs: CompareInputs, planned: Run, log: Path) -> dict[str, Any
         trainer = ReMaxTrainer(
             inputs.model,
             rewards,
-            replace(planned.args, output_dir=folder, max_steps=max(2, planned.args.max_steps)),
+            replace(planned.args, output_dir=folder, eval_steps=0, max_steps=max(2, planned.args.max_steps)),
             train_dataset=inputs.train_dataset,
             view=PlainLines(),
         )

@@ -51,7 +51,7 @@ SPENT = (
     Column("prompts", "prompts"),
     Column("tokens", "generated tokens"),
     Column("seconds", "training seconds"),
-    Column("parameters", "parameters"),
+    Column("parameters", "policy parameters"),
 )
 
 STYLE = """

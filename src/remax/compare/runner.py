@@ -4,6 +4,7 @@ import datetime
 import json
 import multiprocessing
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def run_comparison(inputs: CompareInputs, args: CompareConfig, command: list[str
         "hardware": hardware(),
         "versions": versions(),
         "commit": _commit(),
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "date": datetime.date.today().isoformat(),
     }
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
@@ -60,10 +61,19 @@ def run_comparison(inputs: CompareInputs, args: CompareConfig, command: list[str
     if args.accounting:
         return account(inputs, runs, folder, context, description)
     write_json(folder / "comparison.json", description)
+    failures = []
     for number, planned in enumerate(runs, start=1):
-        _run(context, inputs, planned, args, f"run {number}/{len(runs)}: {planned.label}, seed {planned.seed}")
+        try:
+            _run(context, inputs, planned, args, f"run {number}/{len(runs)}: {planned.label}, seed {planned.seed}")
+        except UserError as error:
+            print(f"{planned.label}, seed {planned.seed}: {error}", flush=True)
+            failures.append(f"{planned.label}, seed {planned.seed}: {error}")
+            if not (planned.folder / "metrics.jsonl").exists():  # it did not get to its first step: others will not
+                raise
     results = analyse(folder)
     print_table(results)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(runs)} runs failed and are missing from the results: {failures[0]}")
     print(f"The report is {folder / 'report.html'}, the figures are in {folder / 'results.json'}.")
     return results
 

@@ -49,6 +49,8 @@ def plan_runs(args: CompareConfig) -> list[Run]:
         UserError: a method or setting cannot be, or methods would not be compared under equal conditions.
     """
     for name in args.settings:
+        if name in ("method", "baseline"):
+            raise UserError(f"--settings has {name}: it is what is compared; set it for each of --methods.")
         if name in OWN_FLAGS or name in ("max_steps", "num_train_epochs"):
             where = "--budget and --budget_amount" if name in ("max_steps", "num_train_epochs") else f"--{name}"
             where = "--seeds" if name == "seed" else where
@@ -65,7 +67,7 @@ def _plan_run(args: CompareConfig, label: str, seed: int) -> Run:
             f"--methods has {label}, which is no method and sets none: nothing says how to train; name it after one of "
             f"{', '.join(BASELINES)}, or set its `method`."
         )
-    if label in (".", "..") or "/" in label or not label.isprintable():
+    if label.strip() in ("", ".", "..") or "/" in label or not label.isprintable():
         raise UserError(f"--methods has the label {label!r}: a folder is named after it; use a plain name.")
     for name in own:
         if name in COMMON:
@@ -79,9 +81,12 @@ def _plan_run(args: CompareConfig, label: str, seed: int) -> Run:
     for name in settings:
         if name not in known:
             raise UserError(f"--settings or --methods has {name}: no run has such a setting; {nearest(name, known)}.")
-    batch_size = ReMaxConfig(**settings).batch_size
-    max_steps = math.ceil(args.budget_amount / batch_size) if args.budget == "prompts" else UNLIMITED
-    config = ReMaxConfig(**settings, max_steps=max_steps)
+    try:
+        batch_size = ReMaxConfig(**settings).batch_size
+        max_steps = math.ceil(args.budget_amount / batch_size) if args.budget == "prompts" else UNLIMITED
+        config = ReMaxConfig(**settings, max_steps=max_steps)
+    except UserError as error:
+        raise UserError(f"{label} of --methods: {error}") from None
     if args.budget != "prompts" and not config.lr_scheduler_type.startswith("constant"):
         raise UserError(
             f"--settings has lr_scheduler_type {config.lr_scheduler_type}: with --budget {args.budget} nobody knows "
@@ -108,20 +113,30 @@ def describe(inputs: CompareInputs, args: CompareConfig, runs: list[Run]) -> dic
     }
 
 
+NUMBERS_STAY = ("micro_batch_tokens", "rollout_batch_size", "reward_batch_size", "log_completions", "logging_steps")
+"""Settings that may change between the runs of a comparison: memory, speed and what is written."""
+
+
 def check_continues(folder: Path, description: Mapping[str, Any]) -> None:
     """Raises UserError if the folder holds another comparison, whose runs cannot stand beside these."""
     path = folder / "comparison.json"
-    if not path.exists():
+    if not path.exists() or not any(folder.glob("runs/*/*/run.json")):
         return
     former = json.loads(path.read_text(encoding="utf-8"))
     for name, value in description.items():
         before = former[name]
+        if name == "shared":  # part of every method's settings
+            continue
         if name == "methods":
-            value = {label: settings for label, settings in value.items() if label in before}
-            before = {label: settings for label, settings in before.items() if label in value}
+            value = {label: _deciding(settings) for label, settings in value.items() if label in before}
+            before = {label: _deciding(settings) for label, settings in before.items() if label in value}
         if name != "seeds" and json.loads(json.dumps(value)) != before:
             what = "settings of the methods" if name == "methods" else name
             raise UserError(
                 f"--output_dir is {folder}: its runs have another {what} and cannot be compared with new ones; set a "
                 "new folder, or the former settings."
             )
+
+
+def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in NUMBERS_STAY}

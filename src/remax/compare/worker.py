@@ -16,11 +16,12 @@ from transformers import TrainerCallback
 from remax.assembly import load_rewards
 from remax.compare.spec import Run
 from remax.config import CompareInputs
+from remax.errors import UserError
 from remax.evaluate import Evaluation
 from remax.interfaces import RewardFunction
 from remax.progress import PlainLines
 from remax.recording import write_json
-from remax.rewards import load_reward_function, resolve_weights, score
+from remax.rewards import RewardModel, load_reward_function, resolve_weights, score
 from remax.trainer import ReMaxTrainer
 
 
@@ -38,6 +39,7 @@ class Observer(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, gold: Sequence[RewardFunction], unit: str, amount: float, final_samples: Path) -> None:
         self.gold, self.unit, self.amount, self.final_samples = gold, unit, amount, final_samples
+        self.device = torch.device("cpu")
         self.spent = Spent()
         self.evaluations: list[dict[str, float]] = []
         self.started = 0.0
@@ -82,7 +84,13 @@ class Observer(TrainerCallback):  # type: ignore[misc]
             initial.write_text(self.final_samples.read_text(encoding="utf-8"), encoding="utf-8")
 
     def _judge(self, completions: Sequence[Any]) -> list[float]:
-        return score(self.gold, resolve_weights([], len(self.gold)), completions).total
+        models = [function.model for function in self.gold if isinstance(function, RewardModel)]
+        for model in models:
+            model.to(self.device)
+        totals = score(self.gold, resolve_weights([], len(self.gold)), completions).total
+        for model in models:
+            model.to("cpu")
+        return totals
 
 
 def run(inputs: CompareInputs, planned: Run, unit: str, amount: float, keep_model: bool) -> None:
@@ -107,8 +115,14 @@ def run(inputs: CompareInputs, planned: Run, unit: str, amount: float, keep_mode
             view=PlainLines(),
         )
         trainer.save_final_model = keep_model
-        observer.gold = _gold_rewards(inputs, trainer)
-        trainer.train()
+        observer.gold, observer.device = _gold_rewards(inputs, trainer), trainer.accelerator.device
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "the memory of the device did not suffice; set a smaller --settings micro_batch_tokens, or compare on "
+                "a larger device."
+            ) from None
     records = "".join(json.dumps(record) + "\n" for record in observer.evaluations)
     (planned.folder / "evaluations.jsonl").write_text(records, encoding="utf-8")
     summary: Mapping[str, Any] = {
@@ -128,8 +142,9 @@ def _gold_rewards(inputs: CompareInputs, trainer: ReMaxTrainer) -> list[RewardFu
     sources: list[Any] = [inputs.gold_reward_model] * bool(inputs.gold_reward_model)
     sources += [load_reward_function(spec) for spec in inputs.gold_reward_funcs]
     conversational = not isinstance(trainer.parts.prompts[0].content, str)
-    device = trainer.accelerator.device
-    return load_rewards(sources, None, trainer.args.reward_batch_size, device, conversational=conversational)
+    # On the CPU until it is asked, so that it does not count as memory of the training.
+    cpu = torch.device("cpu")
+    return load_rewards(sources, None, trainer.args.reward_batch_size, cpu, conversational=conversational)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Settings of `remax compare`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,4 +53,5 @@ class CompareConfig(Options):
         self._require(len(self.methods) > 0, "methods", "there is nothing to compare", "one or more")
         self._require(len(self.seeds) > 0, "seeds", "there is nothing to run", "one or more")
         self._require(len(set(self.seeds)) == len(self.seeds), "seeds", "a run would be there twice", "different ones")
+        self._require(math.isfinite(self.budget_amount), "budget_amount", "no run would end", "a number")
         self._require(self.budget_amount > 0, "budget_amount", "there is nothing to run", "a positive number")

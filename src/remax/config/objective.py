@@ -167,6 +167,10 @@ class PPOOptions(Options):
             rows = batch_size * num_generations
             consequence = f"a step has only {rows} completions"
             self._require(self.num_mini_batches <= rows, "num_mini_batches", consequence, f"{rows} or less")
+            consequence = f"beta would jump with the {rows} completions of a step"
+            self._require(
+                self.target_kl is None or self.kl_horizon >= rows, "kl_horizon", consequence, f"{rows} or more"
+            )
         needs_reference = getattr(self, "needs_reference", True)
         instead = "a positive --beta with --kl_mode to_go, or leave it out"
         self._require(self.target_kl is None or needs_reference, "target_kl", "there is no KL to adapt to", instead)

@@ -15,6 +15,7 @@ from remax.config import LabConfig, LabInputs, ReMaxConfig
 from remax.errors import UserError
 from remax.lab import report
 from remax.lab.measurement import measure
+from remax.lab.plot import draw
 from remax.recording import RunFolder
 
 
@@ -46,6 +47,7 @@ def run_lab(inputs: LabInputs, reward_funcs: Sequence[Any], args: LabConfig, fol
         folder.discard()
         raise
     report.print_tables(results)
+    draw(results, folder.path / "lab.png")
     print(f"All figures are in {folder.path / 'lab.json'}, a picture of them in {folder.path / 'lab.png'}.")
     return results
 

@@ -9,6 +9,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 """Okabe and Ito's colours, which colour-blind readers tell apart."""
 MARKERS = "osD^vPX"
 MANNERS = {
+    "text.parse_math": False,
     "font.size": 10,
     "axes.grid": True,
     "axes.axisbelow": True,

@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from remax.lab.measurement import Figures, Measurement
-from remax.lab.plot import draw
 from remax.lab.statistics import Estimate
 
 NOTHING = "\N{EN DASH}"
@@ -28,6 +27,7 @@ FOOTNOTES = (
     "and tokens to SNR 1 (tokens whose gradients average to as much signal as noise).",
     "Variance (trace of the covariance) and variance x tokens (at any common budget of tokens, lower is better) depend "
     "on the gradient's scale: they compare methods with the same expected gradient, those that have an agreement.",
+    "With an offset, ppo's value model is still the one from before: in a training it would learn the offsets in time.",
     "Agreement: distance of the mean gradient from that of the first such method in standard errors, about 1 where "
     "the expectations are the same; p: how often chance alone takes them as far apart.",
 )
@@ -78,10 +78,9 @@ def _finite(value: Any) -> Any:
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes lab.json and lab.png."""
+    """Writes lab.json."""
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "lab.json").write_text(text + "\n", encoding="utf-8")
-    draw(results, folder / "lab.png")
 
 
 def print_tables(results: Mapping[str, Any]) -> None:

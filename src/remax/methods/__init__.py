@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from remax.assembly import check_context
 from remax.components import Components, Rewards
 from remax.config import ReMaxConfig
 from remax.critic import load_value_model
@@ -60,6 +61,8 @@ def make_method(parts: Components, args: ReMaxConfig, policy: Learner, *, max_st
     if args.method != "ppo":
         return CriticFree(parts, args, policy)
     value_model = load_value_model(args, parts.policy, parts.tokenizer, parts.reward_functions)
+    prompts = [*parts.prompts, *parts.eval_prompts]
+    check_context(value_model.body, prompts, args.max_completion_length, of="the value model")
     rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
     critic = Learner(
         value_model.to(parts.accelerator.device),

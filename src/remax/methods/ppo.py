@@ -80,13 +80,13 @@ class PPO:
         experience = self.experience([record.rollout.samples[row] for row in rows], record.advantages[rows])
         record.advantages[rows] = experience.advantages[:, 0].cpu()
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.num_steps)
-        updates = []
+        updates: list[tuple[float, ...]] = []
         for epoch in range(self.args.num_ppo_epochs):
             order = torch.randperm(len(rows), generator=generator)
             for part in order.tensor_split(min(self.args.num_mini_batches, len(rows))):
                 chosen = part.tolist()
                 recorded = [rows[i] for i in chosen] if epoch == 0 else None
-                updates.append(self._update_once(experience, chosen, record, recorded))
+                updates.append(self._update_once(experience, chosen, record, recorded, untouched=not updates))
         record.grad_norm, *measured = (sum(column) / len(updates) for column in zip(*updates, strict=True))
         record.metrics |= dict(zip(("policy/clip_fraction", "value/loss", "value/grad_norm"), measured, strict=True))
         record.metrics["value/explained_variance"] = _explained_variance(experience)
@@ -119,11 +119,18 @@ class PPO:
         return Experience(samples, mask, old, log_ratios, values, returns, advantages)
 
     def _update_once(
-        self, experience: Experience, rows: Sequence[int], record: StepRecord, recorded: Sequence[int] | None
+        self,
+        experience: Experience,
+        rows: Sequence[int],
+        record: StepRecord,
+        recorded: Sequence[int] | None,
+        *,
+        untouched: bool,
     ) -> tuple[float, float, float, float]:
         """Updates policy and value model on some of the samples.
 
-        recorded: where they are in the record, which the first pass over the samples completes.
+        recorded: where they are in the record, which the first pass over the samples completes. untouched: this is the
+        first update of the step.
 
         Returns:
             The policy's gradient norm, the fraction of its tokens outside the clip range, the value loss and its
@@ -134,7 +141,7 @@ class PPO:
 
         def policy_losses() -> Iterator[Tensor]:
             nonlocal num_clipped
-            for loss, outside in self._policy_losses(experience, rows, record, recorded):
+            for loss, outside in self._policy_losses(experience, rows, record, recorded, untouched=untouched):
                 num_clipped += outside
                 yield loss
 
@@ -156,18 +163,26 @@ class PPO:
     def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
         """Yields the policy's loss of a first pass over these rows as one mini-batch, and records what it shows."""
         experience = self.experience([record.rollout.samples[row] for row in rows], record.advantages[rows])
-        for loss, _ in self._policy_losses(experience, range(len(rows)), record, rows):
+        for loss, _ in self._policy_losses(experience, range(len(rows)), record, rows, untouched=True):
             yield loss
 
     def _policy_losses(
-        self, experience: Experience, rows: Sequence[int], record: StepRecord, recorded: Sequence[int] | None
+        self,
+        experience: Experience,
+        rows: Sequence[int],
+        record: StepRecord,
+        recorded: Sequence[int] | None,
+        *,
+        untouched: bool,
     ) -> Iterator[tuple[Tensor, int]]:
         """Yields the loss of each micro-batch and how many of its tokens lie outside the clip range."""
         num_tokens = int(experience.mask[rows].sum())
         for group, batch, own in self._micro_batches(experience, rows):
             result, outside = self._policy_loss(own, batch, len(rows), num_tokens)
             if recorded is not None:
-                record.add([recorded[i] for i in group], result)
+                share = len(rows) / len(experience.samples)
+                own_part = result._replace(loss=result.loss.detach() * share)
+                record.add([recorded[i] for i in group], own_part, untouched=untouched)
             yield result.loss, outside
 
     def _policy_loss(self, own: Experience, batch: Batch, num_rows: int, num_tokens: int) -> tuple[BatchLoss, int]:
