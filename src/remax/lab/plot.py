@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's colours, which colour-blind readers tell apart."""
-MARKERS = "osD^vPX"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c564b")
+"""Okabe and Ito's colours, which colour-blind readers tell apart, and two more; the marks differ besides."""
+MARKERS = "osD^vPXp*"
 MANNERS = {
-    "text.parse_math": False,
     "font.size": 10,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -39,14 +38,14 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         left = figure.add_subplot(grid[0, 0])
         right = figure.add_subplot(grid[0, 1], sharey=left)
         _draw_estimates(left, sections, labels, "relative_variance")
-        left.set_xlabel("relative variance of a gradient (1/SNR)")
+        left.set_xlabel("relative variance (1/SNR)")
         _draw_estimates(right, sections, labels, "tokens_to_snr_1")
-        right.set_xlabel("generated tokens to SNR 1, sampled and greedy")
+        right.set_xlabel("tokens to SNR 1, sampled and greedy")
         right.tick_params(labelleft=False)
         _draw_layers(figure.add_subplot(grid[1, :]), sections, labels)
         figure.suptitle(
             f"{settings['num_gradients']} gradients of {settings['batch_size']} prompts at "
-            f"{Path(settings['model']).name}: less is better; bars are 95% intervals",
+            f"{_plain(Path(settings['model']).name)}: less is better; bars are 95% intervals",
             fontsize=11,
         )
         if len(sections) > 1:
@@ -101,11 +100,16 @@ def _draw_layers(axes: Any, sections: Sequence[Mapping[str, Any]], labels: Seque
             )
     names = list(sections[0]["methods"][shown[0]]["variance_by_layer"])
     every = -(-len(names) // MOST_LAYER_NAMES)
-    axes.set_xticks(range(0, len(names), every), names[::every])
+    axes.set_xticks(range(0, len(names), every), [_plain(name) for name in names[::every]], rotation=20)
     axes.set_yscale("log")
     axes.set_ylabel("variance of a gradient\n(reward² per weight²)")
     axes.set_xlabel("layer")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="same expected\ngradient")
+
+
+def _plain(text: str) -> str:
+    """Returns free text so that a "$" in it begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def _marks(row: int, shift: int) -> dict[str, Any]:
