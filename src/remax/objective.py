@@ -19,7 +19,8 @@ class BatchLoss(NamedTuple):
     loss: Tensor
     """Scalar, already divided by the global denominator."""
     kl: Tensor
-    """[B] log pi(y) - log pi_ref(y) of the whole completion; NaN without a reference."""
+    """[B] log pi(y) - log pi_ref(y) of the whole completion, or with the exact estimator the sum of the KLs at its
+    positions; NaN without a reference."""
     entropy: Tensor
     """[B] mean over the row's tokens."""
     no_signal: Tensor

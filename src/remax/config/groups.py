@@ -89,7 +89,7 @@ class ModelOptions(PrecisionOptions):
     lora_alpha: int = 32
     """Scale of the adapter (alpha / r)."""
     lora_dropout: float = 0.0
-    """Dropout in front of the adapter, in SFT and reward training; always off in RL."""
+    """Dropout in front of the adapter, in SFT and reward training; always off in RL and DPO."""
     lora_target_modules: list[str] = field(default_factory=list)
     """Modules that get an adapter; by default all linear layers."""
 
@@ -209,11 +209,11 @@ class StageOptions(Options):
     """Training loop"""
 
     batch_size: int = 32
-    """Examples (for `remax reward`: pairs) per step, over all processes."""
+    """Examples (for `remax reward` and `remax dpo`: pairs) per step, over all processes."""
     micro_batch_size: int = 0
     """Examples in one forward-backward pass of one process; 0 for its whole share of the batch."""
     max_length: int = 1024
-    """Longest example in tokens; longer ones are cut (sft) or dropped with a count (reward)."""
+    """Longest example in tokens; longer ones are cut (sft) or dropped with a count (reward, dpo)."""
 
     def _check(self) -> None:
         for name in ("batch_size", "max_length"):

@@ -36,7 +36,8 @@ class StageInputs(Options):
     model: str
     """The model to start from: a folder or a hub name."""
     train_dataset: str
-    """For `sft`: texts (`text`), `prompt` and `completion`, or `messages`; for `reward`: `chosen` and `rejected`."""
+    """For `sft`: texts (`text`), `prompt` and `completion`, or `messages`; for `reward` and `dpo`: `chosen`
+    and `rejected`."""
     eval_dataset: str | None = None
     """Held-out data of the same form."""
 
