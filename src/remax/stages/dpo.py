@@ -109,7 +109,6 @@ def run_dpo(
     _, model, loss = train(make_trainer, model, folder, config, settings)
     metrics = {"loss": loss}
     lines = [f"`{base_name}` after direct preference optimisation on {len(train_pairs)} pairs, beta {config.beta}."]
-    save_policy(model, tokenizer, stop_ids, folder, base_name=base_name, title="Model after DPO", lines=lines)
     if eval_pairs is None:
         say("No --eval_dataset was given: nothing held-out was measured.")
     else:
@@ -118,7 +117,9 @@ def run_dpo(
         )
         metrics |= {f"eval/{name}": value for name, value in quality.items()}
         write_evaluation(folder, quality)
-        say(_summary(quality))
+        lines.append(_summary(quality))
+        say(lines[-1])
+    save_policy(model, tokenizer, stop_ids, folder, base_name=base_name, title="Model after DPO", lines=lines)
     return metrics
 
 
