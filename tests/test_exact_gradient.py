@@ -3,6 +3,8 @@
 The oracles are in enumeration.py; the code under test is the real objective on the real scorer.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from remax import estimators
 from remax.batching import collate
 from remax.config import ReMaxConfig
 from remax.interfaces import Completion, Sampling
+from remax.logprobs import untruncated
 from remax.objective import policy_gradient_loss
 
 
@@ -44,9 +47,13 @@ def remax_gradient(rows: list[list[int]], denominator: int, sampling: Sampling, 
     rewards = torch.tensor([REWARDS[tuple(tokens)] for tokens in rows], dtype=torch.float64)
     baselines = torch.full_like(rewards, REWARDS[tuple(greedy_completion())])
     advantages = estimators.advantages(rewards, baselines, args.reward_clip, args.reward_clip_mode)
-    reference = REFERENCE_SCORER if args.needs_reference else None
+    against: dict[str, Any] = {}
+    if args.needs_exact_kl:
+        against["reference"] = REFERENCE_SCORER
+    elif args.needs_reference:
+        against["ref_logprobs"] = REFERENCE_SCORER.logprobs(batch, untruncated(sampling))
     return -gradient(
-        lambda: policy_gradient_loss(POLICY_SCORER, reference, batch, advantages, sampling, args, denominator).loss
+        lambda: policy_gradient_loss(POLICY_SCORER, batch, advantages, sampling, args, denominator, **against).loss
     )
 
 

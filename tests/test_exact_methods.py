@@ -38,7 +38,7 @@ from enumeration import (
     step_logprobs,
 )
 from remax.batching import Batch, collate
-from remax.components import Rewards
+from remax.components import Components, Rewards
 from remax.config import ReMaxConfig
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
 from remax.logprobs import CompletionScorer, TokenStatistics
@@ -92,11 +92,15 @@ class WeightedScorer:
 
 def make(network: Any = POLICY_SCORER, **settings: Any) -> CriticFree:
     args = ReMaxConfig(**{"beta": BETA, "micro_batch_tokens": 10**6, **settings})
-    parts = SimpleNamespace(
+    nothing: dict[str, Any] = dict.fromkeys(("policy", "engine", "reward_functions", "reward_weights", "prompts"))
+    parts = Components(
         accelerator=SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext),
         reference=REFERENCE_SCORER if args.needs_reference else None,
         tokenizer=SimpleNamespace(pad_token_id=0),
         sampling=PLAIN,
+        eval_prompts=[],
+        model_name="enumerated",
+        **nothing,
     )
     return CriticFree(parts, args, GradientOnly(network))
 
@@ -128,7 +132,7 @@ def credited(
             {},
         )
         credit = method.credit(rollout, rewards)
-    return StepRecord(rollout, rewards, credit)
+    return StepRecord(rollout, rewards, credit, method.parts.reference_logprobs(rollout, method.args))
 
 
 def past_groups(num_generations: int) -> list[Group]:
@@ -166,6 +170,7 @@ def expected_gradient(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Tenso
         Rollout([sample for record in records for sample in record.rollout.samples], []),
         records[0].rewards,
         Credit(*(torch.cat(column) for column in zip(*(record.credit for record in records), strict=True))),
+        [logprobs for record in records for logprobs in record.ref_logprobs or []] or None,
     )
     method.update(together)
     return -method.policy.gradient

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from remax.interfaces import Prompt
-from test_trainer import calm_policy, make_trainer, policy, read, step_result, vowels
+from toy_training import calm_policy, make_trainer, policy, read, step_result, vowels
 
 METHODS: dict[str, dict[str, Any]] = {
     "remax": {"method": "remax"},

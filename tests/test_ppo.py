@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from remax.batching import collate
+from remax.components import Rewards
 from remax.errors import UserError
 from remax.interfaces import Completion
 from remax.methods import ppo
 from remax.metrics import StepRecord, step_metrics
-from test_trainer import PROMPTS, calm_policy, make_trainer, read, vowels
+from toy_training import PROMPTS, calm_policy, make_trainer, read, vowels
 
 ONE_UPDATE = {"num_ppo_epochs": 1, "num_mini_batches": 1}
 Losses = tuple[list[Tensor], list[Tensor]]
@@ -168,7 +169,8 @@ def test_the_losses_of_some_rows_are_those_of_a_first_update_on_them(tmp_path: P
     literal, parts = Literal(trainer), trainer.parts
     rollout = parts.roll_out(trainer.order.batch(1), num_samples=1, greedy=False, seed=1, step=1)
     rewards = parts.score(rollout)
-    record = StepRecord(rollout, rewards, trainer.method.credit(rollout, rewards))
+    ref_logprobs = parts.reference_logprobs(rollout, trainer.args)
+    record = StepRecord(rollout, rewards, trainer.method.credit(rollout, rewards), ref_logprobs)
     rows = [0, 2, 3, 7]
     sum(trainer.method.losses(record, rows)).backward()
     actual = torch.cat([p.grad.flatten() for p in parts.policy.parameters()])
@@ -358,13 +360,16 @@ def test_beta_moves_by_the_relative_error_of_the_kl(tmp_path: Path, ratio: float
 
 def test_the_next_step_takes_the_adapted_beta_into_its_rewards(tmp_path: Path) -> None:
     trainer = make_ppo(tmp_path / "out", **ONE_UPDATE)
-    samples = trainer.parts.roll_out(trainer.order.batch(1), num_samples=1, greedy=False, seed=1, step=1).samples
-    rewards = torch.zeros(len(samples))
-    plain = trainer.method.experience(samples, rewards)
+    rollout = trainer.parts.roll_out(trainer.order.batch(1), num_samples=1, greedy=False, seed=1, step=1)
+    rewards = Rewards(torch.zeros(len(rollout.samples)), torch.zeros(0), {}, {}, {})
+    ref_logprobs = trainer.parts.reference_logprobs(rollout, trainer.args)
+    record = StepRecord(rollout, rewards, trainer.method.credit(rollout, rewards), ref_logprobs)
+    everyone = range(len(rollout.samples))
+    plain = trainer.method.experience(record, everyone)
     trainer.method.load_state_dict({"beta": 2.0, "num_steps": 7})
-    other = trainer.method.experience(samples, rewards)
+    other = trainer.method.experience(record, everyone)
     last = plain.mask.sum(-1) - 1
-    rows = torch.arange(len(samples))
+    rows = torch.arange(len(everyone))
     change = (other.returns - plain.returns)[rows, last]
     torch.testing.assert_close(change, -1.8 * plain.log_ratios[rows, last], rtol=1e-4, atol=1e-5)
     assert trainer.method.state_dict() == {"beta": 2.0, "num_steps": 7}

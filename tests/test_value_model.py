@@ -18,8 +18,8 @@ from remax.config import ReMaxConfig
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt
 from remax.rewards import RewardModel
-from test_trainer import calm_policy, make_trainer, policy, vowels
 from toy_tokenizers import BOS, EOS, PAD, VOCAB_SIZE, toy_tokenizer
+from toy_training import calm_policy, make_trainer, policy, vowels
 
 TEXTS = [("ab", "cat"), ("once upon", "a time"), ("x", "y")]
 

@@ -1,6 +1,8 @@
 """The models and functions that a run works with, and the two things the loop asks of them: completions and rewards."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,9 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from remax import data, precision
+from remax.batching import collate, split_by_tokens
+from remax.config import ReMaxConfig
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
-from remax.logprobs import CompletionScorer
+from remax.logprobs import CompletionScorer, untruncated
 from remax.rewards import CallableReward, RewardModel, score
 
 
@@ -91,6 +95,52 @@ class Components:
             {name: value for f in self._callables() for name, value in f.pop_metrics().items()},
             {name: values[:num_samples] for name, values in columns.items()},
         )
+
+    def begin_reference(self, rollout: Rollout, args: ReMaxConfig) -> Callable[[], list[Tensor] | None]:
+        """Returns a function that returns the reference's log-probabilities, on which work may have begun.
+
+        Reward functions leave a GPU idle: there the reference runs beside them, in a thread of its own, since theirs
+        may have to be the main one (signals).
+        """
+        if not self.overlaps:
+            return functools.partial(self.reference_logprobs, rollout, args)
+        pool = ThreadPoolExecutor(max_workers=1)
+        future = pool.submit(self.reference_logprobs, rollout, args)
+        pool.shutdown(wait=False)
+        return future.result
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the reference runs while reward functions do; a reward model would only share the GPU with it."""
+        return self.accelerator.device.type == "cuda" and len(self._callables()) == len(self.reward_functions)
+
+    def reference_logprobs(self, rollout: Rollout, args: ReMaxConfig) -> list[Tensor] | None:
+        """Returns the log-probabilities of every sample's tokens under the reference; None if no update needs them.
+
+        Greedy completions are never scored. The reference takes the temperature, but is not truncated: no log-ratio is
+        infinite.
+        """
+        if self.reference is None or args.needs_exact_kl:
+            return None
+        return self.token_logprobs(self.reference, rollout.samples, untruncated(self.sampling), args.micro_batch_tokens)
+
+    @torch.no_grad()
+    def token_logprobs(
+        self, scorer: CompletionScorer, completions: Sequence[Completion], sampling: Sampling, max_tokens: int
+    ) -> list[Tensor]:
+        """Returns the log-probabilities of every completion's tokens under a model, [T] each, on the device.
+
+        max_tokens: of a pass, padding included.
+        """
+        logprobs: list[Tensor] = [torch.empty(0)] * len(completions)
+        lengths = [len(c.prompt.token_ids) + len(c.token_ids) for c in completions]
+        for rows in split_by_tokens(lengths, max_tokens):
+            batch = collate([completions[row] for row in rows], self.tokenizer.pad_token_id, self.accelerator.device)
+            with self.accelerator.autocast():
+                padded = scorer.logprobs(batch, sampling)
+            for row, values in zip(rows, padded, strict=True):
+                logprobs[row] = values[: len(completions[row].token_ids)]
+        return logprobs
 
     def show_state(self, state: Any) -> None:
         """Lets reward functions see the trainer's state, as their argument trainer_state."""

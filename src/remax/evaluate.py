@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from remax import data
 from remax.assembly import assemble_evaluation
-from remax.batching import collate, split_by_tokens
 from remax.components import Components, Rewards
 from remax.config import EvaluateConfig, EvaluateInputs
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
@@ -86,7 +84,6 @@ def evaluate_policy(
     return Evaluation(rollout, rewards, values)
 
 
-@torch.no_grad()
 def total_logprobs(
     parts: Components,
     scorer: CompletionScorer,
@@ -95,15 +92,7 @@ def total_logprobs(
     max_tokens: int,
 ) -> list[float]:
     """Returns the summed log-probability of each completion under a model, in nats."""
-    totals = [0.0] * len(completions)
-    lengths = [len(c.prompt.token_ids) + len(c.token_ids) for c in completions]
-    for rows in split_by_tokens(lengths, max_tokens):
-        batch = collate([completions[row] for row in rows], parts.tokenizer.pad_token_id, parts.accelerator.device)
-        with parts.accelerator.autocast():
-            sums = scorer(batch, sampling).logprobs.sum(-1).tolist()
-        for row, value in zip(rows, sums, strict=True):
-            totals[row] = value
-    return totals
+    return [float(values.sum()) for values in parts.token_logprobs(scorer, completions, sampling, max_tokens)]
 
 
 def perplexity(totals: Sequence[float], lengths: Sequence[int]) -> tuple[float, tuple[float, float]]:
@@ -167,7 +156,7 @@ def evaluate_checkpoint(
         (folder.path / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         greedy = evaluation.rewards.greedy.repeat_interleave(args.num_generations)
         credit = Credit(evaluation.rewards.sampled - greedy, greedy)
-        record = StepRecord(evaluation.rollout, evaluation.rewards, credit)
+        record = StepRecord(evaluation.rollout, evaluation.rewards, credit, None)
         folder.append("completions.jsonl", completion_records(record, 0))
     return results
 

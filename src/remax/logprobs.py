@@ -90,6 +90,17 @@ class CompletionScorer(nn.Module):
         columns = _in_chunks(statistics, (states, targets, ref_states), self._chunk_size())
         return TokenStatistics(*map(batch.scatter, columns))
 
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, sampling: Sampling) -> Tensor:
+        """Returns the first of those statistics alone, [B, T] detached: what a reference is asked for."""
+
+        def token_logprobs(states: Tensor, targets: Tensor) -> tuple[Tensor]:
+            logprobs = warp_logits(self.logits(states), sampling, keep=targets).log_softmax(dim=-1)
+            return (logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1),)
+
+        (column,) = _in_chunks(token_logprobs, (self.states(batch), batch.targets), self._chunk_size())
+        return batch.scatter(column)
+
     def states(self, batch: Batch) -> Tensor:
         """Returns what the head needs to predict the N completion tokens: hidden states [N, H].
 

@@ -1,11 +1,13 @@
 """What is recorded of a training step, under TRL's names where it has them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from remax.batching import Batch
 from remax.components import Rewards
 from remax.interfaces import Completion, Rollout
 from remax.objective import BatchLoss
@@ -27,6 +29,8 @@ class StepRecord:
     rollout: Rollout
     rewards: Rewards
     credit: Credit
+    ref_logprobs: list[Tensor] | None
+    """S times [T] log-probabilities of the sample's tokens under the reference; None where the update needs none."""
     kl: Tensor = field(init=False)
     """[S] log pi(y) - log pi_ref(y) of the whole completion, in nats; NaN without a reference."""
     entropy: Tensor = field(init=False)
@@ -53,6 +57,12 @@ class StepRecord:
     def advantages(self) -> Tensor:
         """[S] reward minus baseline, clipped if asked for."""
         return self.credit.advantages
+
+    def ref_logprobs_of(self, rows: Sequence[int], batch: Batch) -> Tensor | None:
+        """Returns the reference's log-probabilities of some rows, [B, T] as in their batch."""
+        if self.ref_logprobs is None:
+            return None
+        return batch.scatter(torch.cat([self.ref_logprobs[row] for row in rows]))
 
     def add(self, rows: list[int], result: BatchLoss, *, untouched: bool = True) -> None:
         """Takes what a micro-batch of these rows showed.

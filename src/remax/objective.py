@@ -10,7 +10,7 @@ from remax import estimators
 from remax.batching import Batch
 from remax.config import ObjectiveOptions
 from remax.interfaces import Sampling
-from remax.logprobs import CompletionScorer, untruncated
+from remax.logprobs import CompletionScorer
 
 
 class BatchLoss(NamedTuple):
@@ -31,12 +31,14 @@ class BatchLoss(NamedTuple):
 
 def policy_gradient_loss(
     policy: Any,
-    reference: CompletionScorer | None,
     batch: Batch,
     advantages: Tensor,
     sampling: Sampling,
     args: ObjectiveOptions,
     denominator: int,
+    *,
+    ref_logprobs: Tensor | None = None,
+    reference: CompletionScorer | None = None,
 ) -> BatchLoss:
     """Returns the loss whose gradient is minus REINFORCE's with these advantages on this micro-batch.
 
@@ -46,38 +48,37 @@ def policy_gradient_loss(
 
     Args:
         policy: the CompletionScorer of the policy, as Accelerate prepared it.
-        reference: that of the reference; None if no KL is wanted.
         batch: B sampled completions; greedy ones are never trained on.
         advantages: [B] reward minus baseline.
         sampling: the distribution they were drawn from.
         args: method, beta, kl_mode, kl_estimator and gamma.
         denominator: of the whole global batch, see estimators.denominator.
+        ref_logprobs: [B, T] log-probabilities of the tokens under the reference, at the same temperature but never
+            truncated.
+        reference: the reference itself, where the loss has the exact KL. With neither, no KL is wanted.
     """
     mask = batch.completion_mask
-    kl_in_loss = reference is not None and args.kl_mode == "loss"
-    exact = kl_in_loss and args.kl_estimator == "exact"
-    pi = policy(batch, sampling, reference if exact else None)
+    has_kl = reference is not None or ref_logprobs is not None
+    kl_in_loss = has_kl and args.kl_mode == "loss"
+    pi = policy(batch, sampling, reference)
     logprobs = pi.logprobs.detach()
-    if reference is None:
-        log_ratios = torch.zeros_like(logprobs)
-    elif exact:
+    if reference is not None:
         log_ratios = pi.kl.detach()
     else:
-        with torch.no_grad():
-            log_ratios = logprobs - reference(batch, untruncated(sampling)).logprobs
+        log_ratios = torch.zeros_like(logprobs) if ref_logprobs is None else logprobs - ref_logprobs
 
     kl = estimators.kl_in_return(log_ratios, mask, args.kl_mode)
     returns = estimators.returns(advantages, kl, mask, beta=args.beta, gamma=args.gamma)
     losses = estimators.policy_loss(pi.logprobs, returns, mask)
     if kl_in_loss:
-        kl_losses = pi.kl if exact else estimators.k2(pi.logprobs, logprobs - log_ratios, mask)
+        kl_losses = pi.kl if reference is not None else estimators.k2(pi.logprobs, logprobs - log_ratios, mask)
         losses = losses + args.beta * kl_losses
     loss = estimators.total(losses, mask, mean_of_sequence=args.method == "grpo")
 
     sequence_kl = log_ratios.sum(-1)
     return BatchLoss(
         loss / denominator,
-        torch.full_like(sequence_kl, math.nan) if reference is None else sequence_kl,
+        sequence_kl if has_kl else torch.full_like(sequence_kl, math.nan),
         pi.entropies.sum(-1) / mask.sum(-1),
         torch.zeros_like(mask[:, 0]) if kl_in_loss else (returns == 0).all(-1),
         logprobs,

@@ -138,8 +138,11 @@ class ReMaxTrainer:
                 prompts, num_samples=args.num_generations, greedy=greedy, seed=args.seed, step=step
             )
         with self.meter.measure("reward"):
+            reference = self.parts.begin_reference(rollout, args)
             rewards = self.parts.score(rollout)
-        record = StepRecord(rollout, rewards, method.credit(rollout, rewards))
+        with self.meter.measure("reference"):
+            ref_logprobs = reference()
+        record = StepRecord(rollout, rewards, method.credit(rollout, rewards), ref_logprobs)
         record.learning_rate = self.policy.learning_rate
         with self.meter.measure("update"):
             method.update(record)

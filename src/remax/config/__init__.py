@@ -10,6 +10,7 @@ from remax.config.compare import CompareConfig, CompareInputs
 from remax.config.groups import (
     ModelOptions,
     OptimiserOptions,
+    PlacementOptions,
     PrecisionOptions,
     PromptOptions,
     SamplingOptions,
@@ -19,6 +20,7 @@ from remax.config.groups import (
 from remax.config.inputs import ChatInputs, EvaluateInputs, StageInputs, TrainInputs
 from remax.config.lab import LabConfig, LabInputs
 from remax.config.objective import ObjectiveOptions, PPOOptions
+from remax.config.plan import PlanConfig, PlanInputs
 
 __all__ = [
     "ChatConfig",
@@ -34,6 +36,9 @@ __all__ = [
     "ObjectiveOptions",
     "OptimiserOptions",
     "PPOOptions",
+    "PlacementOptions",
+    "PlanConfig",
+    "PlanInputs",
     "PrecisionOptions",
     "PromptOptions",
     "ReMaxConfig",

@@ -9,6 +9,7 @@ from remax.config.groups import (
     ModelOptions,
     OptimiserOptions,
     OutputOptions,
+    PlacementOptions,
     PrecisionOptions,
     PromptOptions,
     SamplingOptions,
@@ -31,6 +32,7 @@ class ReMaxConfig(
     LoopOptions,
     OptimiserOptions,
     ModelOptions,
+    PlacementOptions,
     PPOOptions,
 ):
     """Settings of `remax train` and of ReMaxTrainer."""

@@ -6,6 +6,9 @@ from typing import Literal
 from remax.options import Options
 
 DType = Literal["float32", "bfloat16"]
+Optimiser = Literal["adamw_torch_fused", "adamw_torch", "adamw_torch_8bit", "adafactor"]
+Placement = Literal["resident", "offload"]
+EngineName = Literal["auto", "embedded", "paged"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
 
@@ -31,6 +34,10 @@ class OutputOptions(Options):
 class OptimiserOptions(Options):
     """Optimiser"""
 
+    optim: Optimiser = "adamw_torch_fused"
+    """adamw_torch_fused or adamw_torch (two states of the weights' type per weight), adamw_torch_8bit (two of one byte,
+    needs torchao; rounds bfloat16 weights stochastically, so that small updates do not vanish), or adafactor (a row and
+    a column of states per matrix)."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Scheduler = "linear"
@@ -154,6 +161,9 @@ class ScoringOptions(Options):
     """Completions scored at once by a reward model."""
     rollout_batch_size: int = 0
     """Most rows decoded at once; 0 for all of a step's rows together. Changes memory and speed, not the result."""
+    rollout_engine: EngineName = "auto"
+    """Who draws the completions: embedded (the model decodes for itself, anywhere), paged (transformers' continuous
+    batching, on CUDA), or auto (the fastest of them that can be used here)."""
     micro_batch_tokens: int = 16384
     """Most tokens, padding included, in one pass of policy or reference; changes memory and speed, not the result."""
     num_eval_prompts: int = 256
@@ -163,6 +173,18 @@ class ScoringOptions(Options):
         self._require(self.rollout_batch_size >= 0, "rollout_batch_size", "no row can be decoded", "0 for no limit")
         for name in ("micro_batch_tokens", "reward_batch_size", "num_eval_prompts"):
             self._require(getattr(self, name) > 0, name, "nothing would be processed", "1 or more")
+
+
+@dataclass(frozen=True)
+class PlacementOptions(Options):
+    """Placement and compilation"""
+
+    reference_placement: Placement = "resident"
+    """Where the reference is between the phases that use it: resident on the device, or offload to the CPU's memory."""
+    reward_placement: Placement = "resident"
+    """Likewise for a --reward_model."""
+    torch_compile: bool = False
+    """Compile the policy's forward and backward pass with torch.compile (the first steps take minutes)."""
 
 
 @dataclass(frozen=True)

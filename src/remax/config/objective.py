@@ -116,6 +116,11 @@ class ObjectiveOptions(Options):
         return self.kl_mode != "none" and self.beta > 0
 
     @property
+    def needs_exact_kl(self) -> bool:
+        """Whether the loss has the exact KL, for which the reference runs beside the policy in every micro-batch."""
+        return self.needs_reference and self.kl_mode == "loss" and self.kl_estimator == "exact"
+
+    @property
     def needs_greedy(self) -> bool:
         """Whether greedy completions are drawn."""
         return self.baseline in ("greedy", "mixed")

@@ -117,7 +117,7 @@ class Estimator:
         for draw in draws:
             self.method.load_state_dict(state)
             seen = draw.of(self.args, offsets)
-            records.append(StepRecord(*seen, self.method.credit(*seen)))
+            records.append(StepRecord(*seen, self.method.credit(*seen), None))
         return records
 
     def gradients(self, records: Sequence[StepRecord], out: Gradients) -> Costs:
@@ -137,6 +137,7 @@ class Estimator:
         rows = record.trained.nonzero().flatten().tolist()
         if not rows:
             raise _no_rewards(self.parts)
+        record.ref_logprobs = self.parts.reference_logprobs(record.rollout, self.args)
         for loss in self.method.losses(record, rows):
             self.parts.accelerator.backward(loss)
         pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trainable]

@@ -64,21 +64,43 @@ class CriticFree:
             record.grad_norm = self.policy.update(self.losses(record, rows))
 
     def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
-        """Yields the loss of one micro-batch of these rows after the other, and records what each shows."""
-        samples, args, device = record.rollout.samples, self.args, self.parts.accelerator.device
-        num_tokens = sum(len(samples[row].token_ids) for row in rows)
+        """Yields the loss of one micro-batch of these rows after the other, and records what each shows.
+
+        Where the return is 0 at every token, the row has no gradient: it is looked at, but nothing is differentiated.
+        """
+        args = self.args
+        num_tokens = sum(len(record.rollout.samples[row].token_ids) for row in rows)
         denominator = estimators.denominator(args.loss_aggregation, len(rows), num_tokens)
+        silent = set() if args.needs_reference else {row for row in rows if record.advantages[row] == 0}
+        for group in self._micro_batches(record, [row for row in rows if row not in silent]):
+            yield self._loss(record, group, denominator)
+        with torch.no_grad():
+            for group in self._micro_batches(record, sorted(silent)):
+                self._loss(record, group, denominator)
+
+    def _micro_batches(self, record: StepRecord, rows: Sequence[int]) -> Iterator[list[int]]:
+        samples = record.rollout.samples
         lengths = [len(samples[row].prompt.token_ids) + len(samples[row].token_ids) for row in rows]
-        for group in split_by_tokens(lengths, args.micro_batch_tokens):
-            chosen = [rows[i] for i in group]
-            batch = collate([samples[row] for row in chosen], self.parts.tokenizer.pad_token_id, device)
-            advantages = record.advantages[chosen].to(device)
-            with self.parts.accelerator.autocast():
-                result = policy_gradient_loss(
-                    self.policy.network, self.parts.reference, batch, advantages, self.parts.sampling, args, denominator
-                )
-            record.add(chosen, result)
-            yield result.loss
+        for group in split_by_tokens(lengths, self.args.micro_batch_tokens):
+            yield [rows[i] for i in group]
+
+    def _loss(self, record: StepRecord, rows: list[int], denominator: int) -> Tensor:
+        """Returns the loss of a micro-batch, having recorded what it shows."""
+        args, parts, device = self.args, self.parts, self.parts.accelerator.device
+        batch = collate([record.rollout.samples[row] for row in rows], parts.tokenizer.pad_token_id, device)
+        with parts.accelerator.autocast():
+            result = policy_gradient_loss(
+                self.policy.network,
+                batch,
+                record.advantages[rows].to(device),
+                parts.sampling,
+                args,
+                denominator,
+                ref_logprobs=record.ref_logprobs_of(rows, batch),
+                reference=parts.reference if args.needs_exact_kl else None,
+            )
+        record.add(rows, result)
+        return result.loss
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the next steps depend on beside weights and optimiser."""

@@ -19,7 +19,6 @@ from remax.components import Components, Rewards
 from remax.config import ReMaxConfig
 from remax.interfaces import Completion, Prompt, Rollout
 from remax.learner import Learner
-from remax.logprobs import untruncated
 from remax.metrics import Credit, StepRecord
 from remax.objective import BatchLoss
 
@@ -77,7 +76,7 @@ class PPO:
 
     def _learn(self, record: StepRecord, rows: Sequence[int]) -> None:
         """Takes the step's updates on these samples."""
-        experience = self.experience([record.rollout.samples[row] for row in rows], record.advantages[rows])
+        experience = self.experience(record, rows)
         record.advantages[rows] = experience.advantages[:, 0].cpu()
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.num_steps)
         updates: list[tuple[float, ...]] = []
@@ -94,24 +93,26 @@ class PPO:
         self._adapt_beta(experience)
 
     @torch.no_grad()
-    def experience(self, samples: list[Completion], rewards: Tensor) -> Experience:
-        """Returns what a step's updates need of B samples with these rewards, [B]."""
+    def experience(self, record: StepRecord, rows: Sequence[int]) -> Experience:
+        """Returns what a step's updates need of B samples, whose rewards are the record's advantages so far."""
         args, parts = self.args, self.parts
+        samples = [record.rollout.samples[row] for row in rows]
         device = parts.accelerator.device
         shape = (len(samples), max(len(c.token_ids) for c in samples))
         mask = torch.zeros(shape, dtype=torch.bool, device=device)
         old, ref, values = torch.zeros((3, *shape), device=device).unbind()
-        for rows, batch in self._batches(samples):
+        for group, batch in self._batches(samples):
             width = batch.completion_mask.shape[1]
-            mask[rows, :width] = batch.completion_mask
-            drawn = torch.tensor([logprob for row in rows for logprob in samples[row].logprobs], device=device)
-            old[rows, :width] = batch.scatter(drawn)
+            mask[group, :width] = batch.completion_mask
+            drawn = torch.tensor([logprob for i in group for logprob in samples[i].logprobs], device=device)
+            old[group, :width] = batch.scatter(drawn)
             with parts.accelerator.autocast():
-                values[rows, :width] = self.critic.network(batch)
-                if parts.reference is not None:
-                    ref[rows, :width] = parts.reference(batch, untruncated(parts.sampling)).logprobs
-        log_ratios = old - ref if parts.reference is not None else torch.zeros_like(old)
-        token_rewards = estimators.token_rewards(rewards.to(device), log_ratios, mask, beta=self.beta)
+                values[group, :width] = self.critic.network(batch)
+            ref_logprobs = record.ref_logprobs_of([rows[i] for i in group], batch)
+            ref[group, :width] = old[group, :width] if ref_logprobs is None else ref_logprobs
+        log_ratios = old - ref
+        rewards = record.advantages[list(rows)].to(device)
+        token_rewards = estimators.token_rewards(rewards, log_ratios, mask, beta=self.beta)
         advantages = estimators.gae(token_rewards, values, mask, gamma=args.gamma, lam=args.lam)
         returns = advantages + values
         if args.whiten_advantages:
@@ -162,7 +163,7 @@ class PPO:
 
     def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
         """Yields the policy's loss of a first pass over these rows as one mini-batch, and records what it shows."""
-        experience = self.experience([record.rollout.samples[row] for row in rows], record.advantages[rows])
+        experience = self.experience(record, rows)
         for loss, _ in self._policy_losses(experience, range(len(rows)), record, rows, untouched=True):
             yield loss
 
