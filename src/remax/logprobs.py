@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from remax import head
 from remax.batching import Batch
 from remax.interfaces import Sampling
 
@@ -23,7 +24,9 @@ def warp_logits(logits: Tensor, sampling: Sampling, keep: Tensor | None = None) 
     whatever happens: scoring passes the token that was sampled, since a near-tie at the border of the nucleus may
     fall the other way in another batch.
     """
-    logits = _upcast(logits) / sampling.temperature
+    logits = _upcast(logits)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if not sampling.truncates:
         return logits
     removed = torch.zeros_like(logits, dtype=torch.bool)
@@ -60,18 +63,35 @@ class CompletionScorer(nn.Module):
     the backward pass recomputes: no tensor has the size of all completion tokens times the vocabulary.
     """
 
-    def __init__(self, model: Any, *, adapters: bool = True, chunk_elements: int = 2**24) -> None:
-        """adapters: False switches a PEFT model's adapters off. chunk_elements: most logits alive at once."""
+    def __init__(
+        self, model: Any, *, adapters: bool = True, chunk_elements: int = 2**24, compiled: bool = False
+    ) -> None:
+        """adapters: False switches a PEFT model's adapters off. chunk_elements: most logits alive at once.
+
+        compiled: the body's forward and backward pass are compiled when they first run, for batches of all shapes. The
+        model itself stays as it is: whoever else runs or saves it does not notice.
+        """
         super().__init__()
         self.model = model
         self.adapters = adapters
         self.chunk_elements = chunk_elements
         self.knows_head = _knows_head(_unwrapped(model))
+        self.has_plain_head = self.knows_head and _is_plain(_unwrapped(model))
+        body = self._body().forward
+        self._compiled_body: Callable[..., Any] | None = torch.compile(body) if compiled else None
 
     def forward(self, batch: Batch, sampling: Sampling, reference: "CompletionScorer | None" = None) -> TokenStatistics:
         """Returns the statistics of the batch's completions; given a reference, the exact KL to it too."""
         states = self.states(batch)
         targets = batch.targets
+        if reference is None and self.has_plain_head and not sampling.truncates:
+            logprobs, entropies = head.head_logprobs(
+                _unwrapped(self.model).get_output_embeddings(),
+                *(states, targets),
+                temperature=sampling.temperature,
+                chunk_size=self._chunk_size(),
+            )
+            return TokenStatistics(*map(batch.scatter, (logprobs, entropies, torch.zeros_like(entropies))))
         ref_states = targets if reference is None else reference.states(batch).detach()
 
         def statistics(states: Tensor, targets: Tensor, ref_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,12 +128,20 @@ class CompletionScorer(nn.Module):
         """
         with self._adapters():
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "use_cache": False}
-            if self.knows_head:
-                states = _unwrapped(self.model).base_model(**inputs).last_hidden_state
+            if self._compiled_body is None:
+                outputs = self._body()(**inputs)
             else:
-                states = self.model(**inputs).logits
+                # Not dynamic=True, which would make symbols of the model's constants too, and compile everything twice.
+                for name in ("input_ids", "attention_mask"):
+                    torch._dynamo.maybe_mark_dynamic(inputs[name], (0, 1))
+                outputs = self._compiled_body(**inputs)
+        states = outputs.last_hidden_state if self.knows_head else outputs.logits
         selected: Tensor = states[:, :-1][batch.target_mask]
         return selected
+
+    def _body(self) -> Any:
+        """Returns the module that `states` runs."""
+        return _unwrapped(self.model).base_model if self.knows_head else self.model
 
     def logits(self, states: Tensor) -> Tensor:
         """Returns the next-token logits [n, V] of n of those states."""
@@ -157,6 +185,13 @@ def _head(model: Any, states: Tensor) -> Tensor:
     if softcap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
         logits = softcap * torch.tanh(logits / softcap)
     return logits
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether the logits are one matrix times the states: no bias, no adapter, and none of `_head`'s scalings."""
+    config = model.config.get_text_config()
+    scalings = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    return head.is_plain(model.get_output_embeddings()) and not any(getattr(config, name, None) for name in scalings)
 
 
 @torch.no_grad()
