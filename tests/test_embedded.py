@@ -26,7 +26,8 @@ from transformers import (
 
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
-from remax.rollout.embedded import EmbeddedEngine, _choose, _draw
+from remax.rollout.draw import choose, draw
+from remax.rollout.embedded import EmbeddedEngine
 from tiny_models import ARCHITECTURES, SLIDING_WINDOW, VOCAB_SIZE, tiny_model
 
 LENGTHS = (3, 13, 1, 7, 9, 2)
@@ -294,14 +295,14 @@ def test_draw_inverts_the_cumulative_distribution():
     logprobs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).log()
     cases = {0.0: 1, 0.249999: 1, 0.250001: 3, 0.749999: 3, 0.750001: 4, 1 - 2.0**-53: 4}
     uniform = torch.tensor(list(cases), dtype=torch.float64)
-    assert _draw(logprobs.expand(len(cases), -1), uniform).tolist() == list(cases.values())
+    assert draw(logprobs.expand(len(cases), -1), uniform).tolist() == list(cases.values())
 
 
 def test_rare_tokens_are_drawn():
     """Steps of 1e-9 at either end of the cumulative distribution, far below float32's resolution at 1."""
     logprobs = torch.tensor([1e-9, 1.0, 1e-9]).log().log_softmax(-1)
     uniform = torch.tensor([0.5e-9, 1.5e-9, 1 - 1.5e-9, 1 - 0.5e-9], dtype=torch.float64)
-    assert _draw(logprobs.expand(4, -1), uniform).tolist() == [0, 1, 1, 2]
+    assert draw(logprobs.expand(4, -1), uniform).tolist() == [0, 1, 1, 2]
 
 
 def test_tokens_without_probability_are_never_drawn():
@@ -311,13 +312,13 @@ def test_tokens_without_probability_are_never_drawn():
     logits[torch.rand(logits.shape, generator=generator) < 0.9] = -torch.inf
     logprobs = logits.log_softmax(-1)
     for uniform in (0.0, 1e-300, 0.5, 1 - 2.0**-53):
-        token = _draw(logprobs, torch.full((500,), uniform, dtype=torch.float64))
+        token = draw(logprobs, torch.full((500,), uniform, dtype=torch.float64))
         assert logprobs.gather(-1, token[:, None]).isfinite().all()
 
 
 def test_nan_logits_stay_in_the_vocabulary_and_show():
-    logits, uniform = torch.full((2, 7), torch.nan), torch.full((2,), 0.5, dtype=torch.float64)
-    token, logprob = _choose(logits, SAMPLING, torch.tensor([True, False]), uniform)
+    logits, uniform = torch.full((2, 7), torch.nan), torch.full((1,), 0.5, dtype=torch.float64)
+    token, logprob = choose(logits, SAMPLING, uniform)
     assert ((token >= 0) & (token < 7)).all()
     assert logprob.isnan().all()
 

@@ -16,9 +16,11 @@ from transformers import DynamicCache
 
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
-from remax.logprobs import warp_logits
 from remax.rollout.cache import make_cache
+from remax.rollout.draw import choose
+from remax.rollout.kernels import decoding_kernels
 from remax.rollout.noise import uniforms
+from remax.rollout.static import StaticBatch
 
 _SELECTABLE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer"}
 """transformers' cache layers that select rows completely: others lack the method, or inherit it and forget a state."""
@@ -31,12 +33,13 @@ class EmbeddedEngine:
     batch. The checkpoint's generation_config plays no part.
     """
 
-    def __init__(self, model: Any, *, pad_token_id: int, max_rows: int = 0) -> None:
+    def __init__(self, model: Any, *, pad_token_id: int, max_rows: int = 0, static: bool | None = None) -> None:
         """The model is used with the weights it has at each call, without dropout, and left in the mode it was in.
 
         pad_token_id fills up shorter prompts on the left and may be any token, EOS too. max_rows bounds the rows
         decoded at once (0: no bound) and does not change the completions. The rows of a prompt stay together: if they
-        are more than max_rows, prompts are decoded one at a time with all their rows.
+        are more than max_rows, prompts are decoded one at a time with all their rows. static: whether to decode at
+        fixed addresses where the model allows it; by default on CUDA, where steps become CUDA graphs.
 
         Raises UserError if a prompt's prefill cannot be shared by its rows (recurrent state, encoder-decoder), and for
         PEFT adapters that put virtual tokens in front.
@@ -47,10 +50,11 @@ class EmbeddedEngine:
         self._accepted = set(inspect.signature(base.forward).parameters)
         self._pad_token_id = pad_token_id
         self._max_rows = max_rows
+        self._static = static
         if (
             self._config.is_encoder_decoder
             or "past_key_values" not in self._accepted
-            or not self._cache_is_selectable()
+            or not self._cache_layers() <= _SELECTABLE_LAYERS
         ):
             raise UserError(
                 f"--model is {self._config.name_or_path or type(base).__name__}, of type {self._config.model_type}: it "
@@ -91,7 +95,8 @@ class EmbeddedEngine:
         requests_by_length = sorted(requests, key=lambda own: len(own[0].prompt.token_ids), reverse=True)
         rows_of_prompt = num_samples + any(wanted)
         group_size = max(1, self._max_rows // rows_of_prompt) if self._max_rows else max(1, len(prompts))
-        with torch.no_grad(), _evaluation_mode(self._model):
+        kernels = decoding_kernels(self._model, sampling.max_completion_length)
+        with torch.no_grad(), _evaluation_mode(self._model), kernels:
             for start in range(0, len(prompts), group_size):
                 self._decode(requests_by_length[start : start + group_size], sampling, seed, step)
         completions = [completion for own in requests for completion in own]
@@ -102,39 +107,61 @@ class EmbeddedEngine:
 
     def _decode(self, group: list[list[Completion]], sampling: Sampling, seed: int, step: int) -> None:
         """Fills in the completions of P prompts, given as one list per prompt."""
-        completions = [completion for own in group for completion in own]
+        numbered = [(p, completion) for p, own in enumerate(group) for completion in own]
+        # All sampled rows come before all greedy ones, so that each kind is a slice, and stays one as rows leave.
+        numbered.sort(key=lambda pair: pair[1].sample_index < 0)
+        completions = [completion for _, completion in numbered]
+        num_sampled = sum(completion.sample_index >= 0 for completion in completions)
         length, device = sampling.max_completion_length, self._model.device
-        eos = torch.tensor(sampling.eos_token_ids, dtype=torch.long, device=device)
-        sample_index = torch.tensor([completion.sample_index for completion in completions], device=device)
-        prompt_index = torch.tensor([completion.prompt.index for completion in completions], device=device)
-        positions = torch.arange(length, device=device)
-        noise = uniforms(seed, step, prompt_index[:, None], sample_index[:, None], positions)
-        tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)
-        logprobs = torch.zeros(noise.shape, device=device)
+        noise = self._noise(completions[:num_sampled], length, seed, step)
+        prompts, prompt_of_row = [own[0].prompt for own in group], torch.tensor([p for p, _ in numbered], device=device)
+        if self._decodes_static():
+            context, prompt_logits = self._prefill(prompts, 0)
+            batch = StaticBatch(self._forward, context.cache, context.num_padding, prompt_of_row, noise, sampling)
+            tokens, logprobs = batch.decode(prompt_logits[prompt_of_row])
+        else:
+            context, prompt_logits = self._prefill(prompts, length)
+            context.select(prompt_of_row)
+            tokens, logprobs = self._decode_rows(context, prompt_logits[prompt_of_row], noise, sampling)
 
-        context, prompt_logits = self._prefill([own[0].prompt for own in group], length)
-        num_rows = torch.tensor([len(own) for own in group], device=device)
-        prompt_of_row = torch.arange(len(group), device=device).repeat_interleave(num_rows)
-        context.select(prompt_of_row)
-        logits = prompt_logits[prompt_of_row]
-        rows = torch.arange(len(completions), device=device)  # [N], which of the R
+        for completion, ids, values in zip(completions, tokens.tolist(), logprobs.tolist(), strict=True):
+            end = next((i + 1 for i, token_id in enumerate(ids) if token_id in sampling.eos_token_ids), length)
+            completion.token_ids, completion.logprobs = ids[:end], values[:end]
+            completion.truncated = ids[end - 1] not in sampling.eos_token_ids
+
+    def _decode_rows(
+        self, context: "_Context", logits: Tensor, noise: Tensor, sampling: Sampling
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the tokens and log-probabilities, [R, T] each, whatever follows an EOS.
+
+        logits [R, V] that follow the context, noise [S, T] of the sampled rows, which come before the greedy ones.
+        """
+        num_sampled, length = noise.shape
+        eos = torch.tensor(sampling.eos_token_ids, dtype=torch.long, device=logits.device)
+        tokens = torch.zeros(len(logits), length, dtype=torch.long, device=logits.device)
+        logprobs = torch.zeros(tokens.shape, device=logits.device)
+        rows = torch.arange(len(logits), device=logits.device)  # [N], which of the R
         unfinished = torch.ones_like(rows, dtype=torch.bool)
         for t in range(length):
-            token, logprob = _choose(logits, sampling, sample_index[rows] < 0, noise[rows, t])
+            token, logprob = choose(logits, sampling, noise[rows[:num_sampled], t])
             tokens[rows, t], logprobs[rows, t] = token, logprob
             unfinished &= ~torch.isin(token, eos)
             remaining = unfinished.nonzero()[:, 0]  # the only wait for the device in a step
             if len(remaining) == 0 or t + 1 == length:
                 break
             if len(remaining) <= len(rows) * 7 / 8:  # fewer finished rows are not worth a copy of the cache
+                num_sampled = int((remaining < num_sampled).sum())
                 rows, unfinished, token = rows[remaining], unfinished[remaining], token[remaining]
                 context.select(remaining)
-            logits = self._forward(context, token[:, None])
+            logits = self._extend(context, token[:, None])
+        return tokens, logprobs
 
-        for completion, ids, values in zip(completions, tokens.tolist(), logprobs.tolist(), strict=True):
-            end = next((i + 1 for i, token_id in enumerate(ids) if token_id in sampling.eos_token_ids), length)
-            completion.token_ids, completion.logprobs = ids[:end], values[:end]
-            completion.truncated = ids[end - 1] not in sampling.eos_token_ids
+    def _noise(self, samples: list[Completion], length: int, seed: int, step: int) -> Tensor:
+        """Returns the uniforms [S, length] of S sampled rows."""
+        device = self._model.device
+        prompt_index = torch.tensor([c.prompt.index for c in samples], dtype=torch.long, device=device)
+        sample_index = torch.tensor([c.sample_index for c in samples], dtype=torch.long, device=device)
+        return uniforms(seed, step, prompt_index[:, None], sample_index[:, None], torch.arange(length, device=device))
 
     def _prefill(self, prompts: list[Prompt], num_new_tokens: int) -> tuple["_Context", Tensor]:
         """Returns the context of P rows, with room for new tokens, and the logits [P, V] that follow it."""
@@ -143,29 +170,37 @@ class EmbeddedEngine:
         ids = [[self._pad_token_id] * n + prompt.token_ids for n, prompt in zip(num_padding, prompts, strict=True)]
         device = self._model.device
         context = _Context(make_cache(self._config, num_new_tokens), torch.tensor(num_padding, device=device)[:, None])
-        return context, self._forward(context, torch.tensor(ids, device=device))
+        return context, self._extend(context, torch.tensor(ids, device=device))
 
-    def _forward(self, context: "_Context", token_ids: Tensor) -> Tensor:
+    def _extend(self, context: "_Context", token_ids: Tensor) -> Tensor:
         """Appends token_ids [N, n] to the context; returns the logits [N, V] after the last of them."""
         columns = torch.arange(context.width + token_ids.shape[1], device=token_ids.device)
-        optional = {
-            # As transformers' generate() has them: 0 in the padding, then counted from the first real token.
-            "position_ids": (columns - context.num_padding).clamp(min=0)[:, context.width :],
-            "logits_to_keep": 1,
-        }
+        # As transformers' generate() has them: 0 in the padding, then counted from the first real token.
+        position_ids = (columns - context.num_padding).clamp(min=0)[:, context.width :]
+        context.width = len(columns)
+        return self._forward(token_ids, (columns >= context.num_padding).long(), position_ids, context.cache)
+
+    def _forward(self, token_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        optional = {"position_ids": position_ids, "logits_to_keep": 1}
         outputs = self._model(
             input_ids=token_ids,
-            attention_mask=(columns >= context.num_padding).long(),
-            past_key_values=context.cache,
+            attention_mask=attention_mask,
+            past_key_values=cache,
             use_cache=True,
             **{name: value for name, value in optional.items() if name in self._accepted},
         )
-        context.width = len(columns)
         logits: Tensor = outputs.logits[:, -1]
         return logits
 
-    def _cache_is_selectable(self) -> bool:
-        return {type(layer).__name__ for layer in DynamicCache(config=self._config).layers} <= _SELECTABLE_LAYERS
+    def _decodes_static(self) -> bool:
+        """Whether rows are decoded at fixed addresses: on CUDA, if the model keeps all tokens in all layers."""
+        wanted = self._model.device.type == "cuda" if self._static is None else self._static
+        attention = self._config.get_text_config()._attn_implementation
+        spread = len(set(getattr(self._model, "hf_device_map", {}).values())) > 1
+        return wanted and not spread and attention in ("sdpa", "eager") and self._cache_layers() == {"DynamicLayer"}
+
+    def _cache_layers(self) -> set[str]:
+        return {type(layer).__name__ for layer in DynamicCache(config=self._config).layers}
 
 
 @dataclass
@@ -180,30 +215,6 @@ class _Context:
         """Keeps the rows given by index, which may repeat."""
         self.cache.batch_select_indices(rows)
         self.num_padding = self.num_padding[rows]
-
-
-def _choose(logits: Tensor, sampling: Sampling, greedy: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the next token of each row and its log-probability, both [N].
-
-    logits [N, V] of the model, greedy [N] bool, uniform [N] float64. Greedy rows ignore the sampling's warping.
-    """
-    logits = logits.float()
-    logprobs = torch.where(greedy[:, None], logits, warp_logits(logits, sampling)).log_softmax(-1)
-    token = torch.where(greedy, logits.argmax(-1), _draw(logprobs, uniform))
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
-
-
-def _draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Returns per row the first token whose cumulative probability exceeds the uniform, [N].
-
-    Probabilities are integers of unit 2^-52: their sum is exact in whatever order a device adds, so it never steps
-    up at a token of probability 0, and the last step always exceeds uniform * sum.
-    """
-    cumulative = logprobs.double().exp().mul_(2.0**52).long().cumsum(-1)
-    threshold = (uniform * cumulative[:, -1]).long()
-    token = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
-    # Only NaN logits get here with no step left; their log-probability stays NaN, for the trainer to see.
-    return token.clamp(max=logprobs.shape[-1] - 1)
 
 
 @contextmanager

@@ -1,0 +1,145 @@
+"""Faster kernels under a model's linear layers and attention, for the time of a rollout.
+
+One token a row is an awkward size: a matrix library that reorders the weights in every call spends more time on that
+than on the product, and attention kernels that are tiled over queries have a single one to work on. What the model
+computes stays what it was, up to rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+_MIN_ELEMENTS = 2**16
+"""Smaller weights stay in the processor's cache, and the call of a packed product costs more than it saves."""
+_MIN_TOKENS = 16
+"""Packing takes about as long as the packed products of ten steps save."""
+_ROWS = 64
+"""oneDNN packs for a number of rows; packed for this many, weights served 1 to 512 rows equally well."""
+
+
+@contextmanager
+def decoding_kernels(model: nn.Module, num_new_tokens: int) -> Iterator[None]:
+    """Within it the model decodes faster; its weights must not change meanwhile, and nothing can be differentiated.
+
+    On a CPU in float32: the weights of linear layers packed by oneDNN (a copy: 4 bytes per weight), if num_new_tokens
+    are enough to pay for the packing, and attention of a single query as two batched products. Under autocast, on
+    any device: a copy of the weights that it would cast, made once; its results are the same bits. On CUDA: attention
+    of a single query that never repeats the keys of grouped heads.
+    """
+    device_type = next(model.parameters()).device.type
+    layers = [layer for layer in _linear_layers(model) if layer.weight.dtype == torch.float32]
+    products: dict[Any, Callable[[Tensor], Tensor]] = {}
+    if torch.is_autocast_enabled(device_type):
+        products = {layer: _cast_product(layer) for layer in layers if isinstance(layer, nn.Linear)}
+    elif device_type == "cpu" and num_new_tokens >= _MIN_TOKENS and _packs():
+        large = [layer for layer in layers if layer.weight.numel() >= _MIN_ELEMENTS]
+        products = {layer: _packed_product(layer) for layer in large}
+    try:
+        for layer, product in products.items():
+            layer.forward = product
+        with _attention(single_query_attention):
+            yield
+    finally:
+        for layer in products:
+            vars(layer).pop("forward", None)
+
+
+def _linear_layers(model: nn.Module) -> list[Any]:
+    """Returns the layers that compute with their weight as it is: no subclass, no quantisation, no hook's forward."""
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    return [layer for layer in layers if type(layer.weight) is nn.Parameter and "forward" not in vars(layer)]
+
+
+def _cast_product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    dtype = torch.get_autocast_dtype(layer.weight.device.type)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    return partial(functional.linear, weight=layer.weight.detach().to(dtype), bias=bias)
+
+
+def _packs() -> bool:
+    """Whether this build of torch has oneDNN's packed product for this processor."""
+    if not torch.backends.mkldnn.is_available() or "AVX" not in torch.backends.cpu.get_cpu_capability():  # type: ignore[no-untyped-call]
+        return False
+    return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+
+
+def _packed_product(layer: Any) -> Callable[[Tensor], Tensor]:
+    weight = layer.weight.detach()
+    if isinstance(layer, Conv1D):  # GPT-2 keeps it transposed
+        weight = weight.t().contiguous()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    bias = None if layer.bias is None else layer.bias.detach()
+
+    def product(input: Tensor) -> Tensor:
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
+        return output
+
+    return product
+
+
+def single_query_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Takes the place of transformers' sdpa attention; computes what that computes.
+
+    query [rows, heads, n, size], key and value [rows, key heads, tokens, size]; returns [rows, n, heads, size].
+    """
+    rows, heads, num_queries, size = query.shape
+    special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    own_mask_per_head = attention_mask is not None and attention_mask.shape[1] > 1
+    attend = _attends_with(query, key, value)
+    if num_queries > 1 or special or own_mask_per_head or attend is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output, None
+    key_heads = key.shape[1]
+    # The queries of heads that share their keys are like several queries of one head.
+    grouped = query.reshape(rows, key_heads, heads // key_heads, size)
+    attended = attend(grouped, key, value, attention_mask, size**-0.5 if scaling is None else scaling)
+    return attended.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+def _attends_with(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
+    if query.device.type == "cuda":
+        return _one_kernel
+    exact = query.dtype == key.dtype == value.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return _two_products if query.device.type == "cpu" and exact else None
+
+
+def _one_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _two_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = torch.bmm(query.flatten(0, 1) * scale, key.flatten(0, 1).transpose(1, 2)).view(*query.shape[:3], -1)
+    if mask is not None and mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    elif mask is not None:
+        scores += mask
+    return torch.bmm(scores.softmax(-1).flatten(0, 1), value.flatten(0, 1))
+
+
+@contextmanager
+def _attention(function: Callable[..., Any]) -> Iterator[None]:
+    """Puts the function in the place of sdpa attention, unless somebody else has put one there."""
+    if ALL_ATTENTION_FUNCTIONS.get("sdpa") is not sdpa_attention_forward:
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
