@@ -96,6 +96,7 @@ def make(network: Any = POLICY_SCORER, **settings: Any) -> CriticFree:
     parts = Components(
         accelerator=SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext),
         reference=REFERENCE_SCORER if args.needs_reference else None,
+        reference_placed=None,
         tokenizer=SimpleNamespace(pad_token_id=0),
         sampling=PLAIN,
         eval_prompts=[],
@@ -132,7 +133,7 @@ def credited(
             {},
         )
         credit = method.credit(rollout, rewards)
-    return StepRecord(rollout, rewards, credit, method.parts.reference_logprobs(rollout, method.args))
+    return StepRecord(rollout, rewards, credit, method.parts.begin_reference(rollout, method.args)())
 
 
 def past_groups(num_generations: int) -> list[Group]:

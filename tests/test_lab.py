@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from remax import ReMaxConfig, ReMaxTrainer
-from remax.assembly import embedded_engine, make_accelerator
+from remax.assembly import choose_engine, make_accelerator
 from remax.cli import main
 from remax.components import Components
 from remax.config import LabConfig, LabInputs, OptimiserOptions
@@ -142,7 +142,8 @@ def components(max_completion_length: int) -> Components:
         policy=policy,
         reference=None,
         tokenizer=tokenizer,
-        engine=embedded_engine(policy, tokenizer, ReMaxConfig()),
+        engine=choose_engine(policy, tokenizer, ReMaxConfig(), False),
+        reference_placed=None,
         reward_functions=[TokenReward()],
         reward_weights=[1.0],
         sampling=Sampling(max_completion_length, (EOS,), temperature=TEMPERATURE),

@@ -169,7 +169,7 @@ def test_the_losses_of_some_rows_are_those_of_a_first_update_on_them(tmp_path: P
     literal, parts = Literal(trainer), trainer.parts
     rollout = parts.roll_out(trainer.order.batch(1), num_samples=1, greedy=False, seed=1, step=1)
     rewards = parts.score(rollout)
-    ref_logprobs = parts.reference_logprobs(rollout, trainer.args)
+    ref_logprobs = parts.begin_reference(rollout, trainer.args)()
     record = StepRecord(rollout, rewards, trainer.method.credit(rollout, rewards), ref_logprobs)
     rows = [0, 2, 3, 7]
     sum(trainer.method.losses(record, rows)).backward()
@@ -362,7 +362,7 @@ def test_the_next_step_takes_the_adapted_beta_into_its_rewards(tmp_path: Path) -
     trainer = make_ppo(tmp_path / "out", **ONE_UPDATE)
     rollout = trainer.parts.roll_out(trainer.order.batch(1), num_samples=1, greedy=False, seed=1, step=1)
     rewards = Rewards(torch.zeros(len(rollout.samples)), torch.zeros(0), {}, {}, {})
-    ref_logprobs = trainer.parts.reference_logprobs(rollout, trainer.args)
+    ref_logprobs = trainer.parts.begin_reference(rollout, trainer.args)()
     record = StepRecord(rollout, rewards, trainer.method.credit(rollout, rewards), ref_logprobs)
     everyone = range(len(rollout.samples))
     plain = trainer.method.experience(record, everyone)

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from remax.logs import hush
+
 if TYPE_CHECKING:
     from remax.config import DPOConfig, ReMaxConfig, RewardConfig, SFTConfig
     from remax.errors import UserError
@@ -9,6 +11,8 @@ if TYPE_CHECKING:
     from remax.stages.reward import run_reward
     from remax.stages.sft import run_sft
     from remax.trainer import ReMaxTrainer
+
+hush()
 
 _HOMES = {
     "DPOConfig": "remax.config",

@@ -17,23 +17,28 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from remax import data, models
+from remax.compilation import check_compiler
 from remax.components import Components
 from remax.config import (
     EvaluateConfig,
     EvaluateInputs,
     ModelOptions,
+    OptimiserOptions,
     PrecisionOptions,
     PromptOptions,
     ReMaxConfig,
     SamplingOptions,
     ScoringOptions,
 )
+from remax.config.groups import Placement
 from remax.critic import check_value_model
 from remax.errors import UserError
 from remax.interfaces import Prompt, RewardFunction, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer
+from remax.optimisers import check_optimiser
+from remax.placement import Placed
 from remax.rewards import CallableReward, RewardModel, require_chat_template, resolve_weights
-from remax.rollout.embedded import EmbeddedEngine
+from remax.rollout.choice import make_engine
 
 NEUTRAL_GENERATION = {
     "temperature": 1.0,
@@ -87,16 +92,18 @@ def assemble(
         args.reward_batch_size,
         accelerator.device,
         conversational=_conversational(prompts),
+        placement=args.reward_placement,
     )
     policy = load_policy(model, args, peft_config).to(accelerator.device)
     check_context(policy, [*prompts, *eval_prompts], args.max_completion_length)
-    engine = rollout_engine(policy) if rollout_engine else embedded_engine(policy, tokenizer, args)
+    reference = load_reference(policy) if args.needs_reference else None
     return Components(
         accelerator=accelerator,
         policy=policy,
-        reference=load_reference(policy) if args.needs_reference else None,
+        reference=reference,
+        reference_placed=place_reference(reference, policy, args, accelerator.device),
         tokenizer=tokenizer,
-        engine=engine,
+        engine=rollout_engine(policy) if rollout_engine else choose_engine(policy, tokenizer, args, args.bf16),
         reward_functions=reward_functions,
         reward_weights=weights,
         sampling=sampling_of(args, policy, tokenizer),
@@ -131,8 +138,9 @@ def assemble_evaluation(inputs: EvaluateInputs, reward_funcs: Any, args: Evaluat
         accelerator=accelerator,
         policy=policy,
         reference=reference,
+        reference_placed=None,
         tokenizer=tokenizer,
-        engine=embedded_engine(policy, tokenizer, args),
+        engine=choose_engine(policy, tokenizer, args, args.bf16),
         reward_functions=reward_functions,
         reward_weights=weights,
         sampling=sampling_of(args, policy, tokenizer),
@@ -151,6 +159,15 @@ def check_cheaply(
         UserError: a model is not there, has no usable tokenizer, or, for PPO, a value model reads other tokens.
     """
     rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if isinstance(args, ReMaxConfig):
+        check_optimiser(args)
+        if args.torch_compile:
+            check_compiler("--torch_compile is true", instead="--torch_compile false")
+        if args.reward_placement == "offload" and not any(isinstance(r, str | nn.Module) for r in rewards):
+            raise UserError(
+                "--reward_placement is offload: no reward is a model, so there is nothing to move; leave it out, or "
+                "set --reward_model."
+            )
     weights = resolve_weights(args.reward_weights, len(rewards))
     for reward in rewards:
         if isinstance(reward, str):
@@ -169,9 +186,21 @@ def _name_of(model: Any) -> str:
     return str(model.config._name_or_path)
 
 
-def embedded_engine(policy: Any, tokenizer: Any, args: ScoringOptions) -> RolloutEngine:
-    """Returns the engine that decodes with the policy itself."""
-    return EmbeddedEngine(policy, pad_token_id=tokenizer.pad_token_id, max_rows=args.rollout_batch_size)
+def choose_engine(policy: Any, tokenizer: Any, args: ScoringOptions, bf16: bool) -> RolloutEngine:
+    """Returns the engine of --rollout_engine, having said which it is and why.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    engine, reason = make_engine(
+        args.rollout_engine,
+        policy,
+        pad_token_id=tokenizer.pad_token_id,
+        max_rows=args.rollout_batch_size,
+        bf16=bf16,
+    )
+    print(f"Rollout engine: {reason}.")
+    return engine
 
 
 def make_accelerator(bf16: bool, report_to: Sequence[str] = (), output_dir: str | None = None) -> Accelerator:
@@ -222,7 +251,13 @@ def load_prompts(source: Any, split: str, tokenizer: Any, args: PromptOptions, *
 
 
 def load_rewards(
-    rewards: Sequence[Any], tokenizers: Any, batch_size: int, device: torch.device, *, conversational: bool
+    rewards: Sequence[Any],
+    tokenizers: Any,
+    batch_size: int,
+    device: torch.device,
+    *,
+    conversational: bool,
+    placement: Placement = "resident",
 ) -> list[RewardFunction]:
     """Returns one RewardFunction per entry: a name or model becomes a RewardModel, a callable a CallableReward.
 
@@ -249,9 +284,16 @@ def load_rewards(
                     "sequence classification model with one label, or a function."
                 )
             short = Path(name).parent.name if Path(name).name == "model" else Path(name).name
-            own = isinstance(reward, str)
             loaded.append(
-                RewardModel(model.to(device), tokenizer, name=short or "reward_model", batch_size=batch_size, own=own)
+                RewardModel(
+                    model,
+                    tokenizer,
+                    name=short or "reward_model",
+                    batch_size=batch_size,
+                    device=device,
+                    placement=placement,
+                    own=isinstance(reward, str),
+                )
             )
         elif isinstance(reward, CallableReward | RewardModel):
             loaded.append(reward)
@@ -267,8 +309,12 @@ def _conversational(prompts: Sequence[Prompt]) -> bool:
 def load_policy(model: Any, args: ModelOptions, peft_config: Any = None) -> Any:
     """Returns the policy without dropout, in training mode only where gradient checkpointing needs that."""
     policy = model
-    if args.dtype == "bfloat16" and not args.use_peft and peft_config is None:
-        print("--dtype bfloat16 trains weights of three digits: small updates vanish; --bf16 keeps float32 weights.")
+    rounds = isinstance(args, OptimiserOptions) and args.optim == "adamw_torch_8bit"
+    if args.dtype == "bfloat16" and not (args.use_peft or peft_config is not None or rounds):
+        print(
+            "--dtype bfloat16 trains weights of three digits: small updates vanish; --bf16 keeps float32 weights, "
+            "and --optim adamw_torch_8bit rounds so that they count on average."
+        )
     if isinstance(model, str):
         base_options = replace(args, use_peft=False) if peft_config is not None else args
         policy = models.load_policy(model, base_options, flag="--model")
@@ -288,6 +334,26 @@ def load_reference(policy: Any) -> CompletionScorer:
     if isinstance(policy, PeftModel) and models.adapter_is_new(policy):
         return CompletionScorer(policy, adapters=False)
     return CompletionScorer(models.copy_as_reference(policy))
+
+
+def place_reference(
+    reference: CompletionScorer | None, policy: Any, args: ReMaxConfig, device: torch.device
+) -> Placed | None:
+    """Returns where the reference is between the phases that use it; None without one of its own.
+
+    Raises:
+        UserError: it should leave the device, but is the policy itself.
+    """
+    if reference is None:
+        return None
+    if reference.model is not policy:
+        return Placed(reference.model, device, args.reference_placement)
+    if args.reference_placement == "offload":
+        raise UserError(
+            "--reference_placement is offload: with a new adapter the reference is the policy with the adapter off, so "
+            "there is nothing to move; leave it out."
+        )
+    return None
 
 
 def load_other_reference(name: str, args: PrecisionOptions, policy: Any) -> CompletionScorer:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from remax.config import ReMaxConfig
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer, untruncated
+from remax.placement import Placed
 from remax.rewards import CallableReward, RewardModel, score
 
 
@@ -42,6 +44,8 @@ class Components:
     policy: Any
     reference: CompletionScorer | None
     """None when no KL is needed."""
+    reference_placed: Placed | None
+    """Where a reference with weights of its own rests."""
     tokenizer: Any
     engine: RolloutEngine
     reward_functions: list[RewardFunction]
@@ -97,15 +101,21 @@ class Components:
         )
 
     def begin_reference(self, rollout: Rollout, args: ReMaxConfig) -> Callable[[], list[Tensor] | None]:
-        """Returns a function that returns the reference's log-probabilities, on which work may have begun.
+        """Returns a function that returns the samples' log-probabilities under the reference; None if no update needs
+        them.
+
+        Work on them may have begun. Greedy completions are never scored.
 
         Reward functions leave a GPU idle: there the reference runs beside them, in a thread of its own, since theirs
         may have to be the main one (signals).
         """
+        if self.reference is None or args.needs_exact_kl:
+            return lambda: None
+        work = functools.partial(self.reference_logprobs, rollout.samples, args.micro_batch_tokens)
         if not self.overlaps:
-            return functools.partial(self.reference_logprobs, rollout, args)
+            return work
         pool = ThreadPoolExecutor(max_workers=1)
-        future = pool.submit(self.reference_logprobs, rollout, args)
+        future = pool.submit(work)
         pool.shutdown(wait=False)
         return future.result
 
@@ -114,15 +124,14 @@ class Components:
         """Whether the reference runs while reward functions do; a reward model would only share the GPU with it."""
         return self.accelerator.device.type == "cuda" and len(self._callables()) == len(self.reward_functions)
 
-    def reference_logprobs(self, rollout: Rollout, args: ReMaxConfig) -> list[Tensor] | None:
-        """Returns the log-probabilities of every sample's tokens under the reference; None if no update needs them.
+    def reference_logprobs(self, completions: Sequence[Completion], max_tokens: int) -> list[Tensor]:
+        """Returns the log-probabilities of every completion's tokens under the reference, [T] each, on the device.
 
-        Greedy completions are never scored. The reference takes the temperature, but is not truncated: no log-ratio is
-        infinite.
+        It takes the temperature, but is not truncated: no log-ratio is infinite.
         """
-        if self.reference is None or args.needs_exact_kl:
-            return None
-        return self.token_logprobs(self.reference, rollout.samples, untruncated(self.sampling), args.micro_batch_tokens)
+        assert self.reference is not None
+        with self.reference_placed.on_device() if self.reference_placed else nullcontext():
+            return self.token_logprobs(self.reference, completions, untruncated(self.sampling), max_tokens)
 
     @torch.no_grad()
     def token_logprobs(

@@ -16,7 +16,7 @@ from remax.assembly import assemble_evaluation
 from remax.components import Components, Rewards
 from remax.config import EvaluateConfig, EvaluateInputs
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
-from remax.logprobs import CompletionScorer, untruncated
+from remax.logprobs import CompletionScorer
 from remax.metrics import Credit, StepRecord, completion_records
 from remax.recording import RunFolder
 
@@ -74,7 +74,7 @@ def evaluate_policy(
     for name, own in rewards.sampled_by_function.items():
         values[f"rewards/{name}/mean"] = per_prompt(own)
     if parts.reference is not None:
-        reference = total_logprobs(parts, parts.reference, rollout.samples, untruncated(parts.sampling), max_tokens)
+        reference = [float(logprobs.sum()) for logprobs in parts.reference_logprobs(rollout.samples, max_tokens)]
         values["kl"] = per_prompt([sum(c.logprobs) for c in rollout.samples]) - per_prompt(reference)
     # -log pi of what was drawn is the entropy in expectation.
     values["entropy"] = per_prompt([-sum(c.logprobs) / len(c.token_ids) for c in rollout.samples])
@@ -82,17 +82,6 @@ def evaluate_policy(
     values["completions/greedy_mean_length"] = per_prompt([len(c.token_ids) for c in rollout.greedy])
     values["completions/clipped_ratio"] = per_prompt([c.truncated for c in rollout.samples])
     return Evaluation(rollout, rewards, values)
-
-
-def total_logprobs(
-    parts: Components,
-    scorer: CompletionScorer,
-    completions: Sequence[Completion],
-    sampling: Sampling,
-    max_tokens: int,
-) -> list[float]:
-    """Returns the summed log-probability of each completion under a model, in nats."""
-    return [float(values.sum()) for values in parts.token_logprobs(scorer, completions, sampling, max_tokens)]
 
 
 def perplexity(totals: Sequence[float], lengths: Sequence[int]) -> tuple[float, tuple[float, float]]:
@@ -146,7 +135,9 @@ def evaluate_checkpoint(
     }
     if references:
         plain = Sampling(args.max_completion_length, parts.sampling.eos_token_ids)
-        totals = total_logprobs(parts, CompletionScorer(parts.policy), references, plain, args.micro_batch_tokens)
+        scorer = CompletionScorer(parts.policy)
+        logprobs = parts.token_logprobs(scorer, references, plain, args.micro_batch_tokens)
+        totals = [float(own.sum()) for own in logprobs]
         value, interval = perplexity(totals, [len(c.token_ids) for c in references])
         results["perplexity"] = {"mean": value, "interval": interval}
     _print_table(inputs.model, results, len(parts.eval_prompts))

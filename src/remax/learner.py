@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from remax.config import OptimiserOptions
 from remax.errors import UserError
+from remax.optimisers import make_optimizer
 
 
 class Learner:
@@ -24,7 +25,7 @@ class Learner:
         self.trainable = [p for p in network.parameters() if p.requires_grad]
         self.max_grad_norm = args.max_grad_norm or math.inf
         self.rate_flag = rate_flag
-        optimizer = adamw(network, args)
+        optimizer = make_optimizer(network, args)
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
@@ -44,13 +45,15 @@ class Learner:
     def update(self, losses: Iterable[Tensor]) -> float:
         """Takes one step on the sum of the losses and returns the gradient's norm before clipping.
 
-        Each loss is differentiated before the next one is asked for, so one micro-batch is in memory at a time.
+        Each loss is differentiated before the next one is asked for, so one micro-batch is in memory at a time. Without
+        any the step is that of a loss of zero: momentum and weight decay go on.
 
         Raises:
             UserError: the gradient is not finite; the weights are as they were.
         """
         for loss in losses:
             self.accelerator.backward(loss)
+        self._zero_missing_gradients()
         norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
@@ -62,17 +65,11 @@ class Learner:
         self.optimizer.zero_grad()
         return norm
 
-
-def adamw(network: nn.Module, args: OptimiserOptions) -> torch.optim.Optimizer:
-    """Returns AdamW over the trainable weights; biases and norms (vectors) do not decay."""
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
-    )
+    def _zero_missing_gradients(self) -> None:
+        """Gives every weight a gradient if there is none at all: an optimiser leaves out weights that have none."""
+        if all(weight.grad is None for weight in self.trainable):
+            for weight in self.trainable:
+                weight.grad = torch.zeros_like(weight)
 
 
 def warmup_steps(args: OptimiserOptions, max_steps: int) -> int:

@@ -107,7 +107,7 @@ class ReMaxTrainer:
             self.max_steps = math.ceil(self.args.num_train_epochs * self.order.steps_per_epoch)
         self.accelerator = parts.accelerator
         self.policy = Learner(
-            CompletionScorer(parts.policy),
+            CompletionScorer(parts.policy, compiled=self.args.torch_compile),
             self.args,
             parts.accelerator,
             max_steps=self.max_steps,

@@ -37,6 +37,20 @@ class ReMaxConfig(
 ):
     """Settings of `remax train` and of ReMaxTrainer."""
 
+    def _check(self) -> None:
+        self._require(
+            self.reference_placement == "resident" or self.needs_reference,
+            "reference_placement",
+            f"with --beta {self.beta} and --kl_mode {self.kl_mode} there is no reference",
+            "resident",
+        )
+        self._require(
+            self.reference_placement == "resident" or not self.needs_exact_kl,
+            "reference_placement",
+            "the exact KL of --kl_mode loss reads the reference in every micro-batch",
+            "resident, or --kl_estimator k2",
+        )
+
 
 @dataclass(frozen=True)
 class SFTConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):

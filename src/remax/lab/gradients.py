@@ -137,7 +137,7 @@ class Estimator:
         rows = record.trained.nonzero().flatten().tolist()
         if not rows:
             raise _no_rewards(self.parts)
-        record.ref_logprobs = self.parts.reference_logprobs(record.rollout, self.args)
+        record.ref_logprobs = self.parts.begin_reference(record.rollout, self.args)()
         for loss in self.method.losses(record, rows):
             self.parts.accelerator.backward(loss)
         pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trainable]

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remax.config.groups import Placement
 from remax.interfaces import Completion
+from remax.placement import Placed
 from remax.rewards.text import reward_input_ids
 
 MISSING = float("nan")
@@ -34,17 +36,18 @@ class RewardModel:
         name: str = "reward_model",
         batch_size: int = 64,
         device: torch.device | str | None = None,
+        placement: Placement = "resident",
         own: bool = False,
     ) -> None:
         """Takes a model with one label and its tokenizer.
 
-        device: None scores where the model is at that time. own: nobody else uses the model, so its weights may be held
-        in bfloat16.
+        device: where it scores, None for where the model is at that time. placement: where the model is otherwise,
+        see Placed. own: nobody else uses the model, so its weights may be held in bfloat16.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.device = device
+        self.placed = Placed(model, device, placement)
         self.own = own
         self.bf16 = False
         config = model.config.get_text_config()
@@ -70,16 +73,15 @@ class RewardModel:
     @torch.inference_mode()
     def score_ids(self, inputs: Sequence[Sequence[int]]) -> list[float]:
         """Returns one reward per token sequence, in order, having scored equal ones once."""
-        if self.device is not None:
-            self.model.to(self.device)
         was_training = self.model.training
         self.model.eval()
         rewards: dict[tuple[int, ...], float] = {tuple(ids): MISSING for ids in inputs}
         fitting = [ids for ids in rewards if ids and (self.max_length is None or len(ids) <= self.max_length)]
         fitting.sort(key=len)
-        for start in range(0, len(fitting), self.batch_size):
-            batch = fitting[start : start + self.batch_size]
-            rewards.update(zip(batch, self._score_batch(batch).tolist(), strict=True))
+        with self.placed.on_device():
+            for start in range(0, len(fitting), self.batch_size):
+                batch = fitting[start : start + self.batch_size]
+                rewards.update(zip(batch, self._score_batch(batch).tolist(), strict=True))
         self.model.train(was_training)
         self._count_overlong(len(rewards) - len(fitting))
         return [rewards[tuple(ids)] for ids in inputs]

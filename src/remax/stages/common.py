@@ -26,6 +26,7 @@ from remax.models import (
     save_model,
     short_reason,
 )
+from remax.optimisers import check_optimiser
 from remax.recording import RunFolder
 from remax.rewards import reward_input_ids
 
@@ -69,7 +70,7 @@ def trainer_arguments(arguments_class: ArgumentsClass, config: StageConfig, **ow
     """Returns the arguments of a TRL trainer, every setting taken from our config and none left to TRL's defaults.
 
     Raises:
-        UserError: the batch cannot be divided, or a tracker or the precision is not available.
+        UserError: the batch cannot be divided, or a tracker, the optimiser or the precision is not available.
     """
     num_processes = PartialState().num_processes
     if config.batch_size % num_processes:
@@ -85,6 +86,7 @@ def trainer_arguments(arguments_class: ArgumentsClass, config: StageConfig, **ow
             f"divided into equal pieces; set a divisor of {share}."
         )
     _check_trackers(config.report_to)
+    check_optimiser(config)
     try:
         with quiet_training():
             arguments = arguments_class(
@@ -96,6 +98,9 @@ def trainer_arguments(arguments_class: ArgumentsClass, config: StageConfig, **ow
                 gradient_accumulation_steps=share // micro_batch_size,
                 max_steps=config.max_steps,
                 num_train_epochs=config.num_train_epochs,
+                optim=config.optim,
+                # As in `optimisers`: small updates of bfloat16 weights would vanish otherwise.
+                optim_args="bf16_stochastic_round=True" if config.optim == "adamw_torch_8bit" else None,
                 learning_rate=config.learning_rate,
                 lr_scheduler_type=config.lr_scheduler_type,
                 warmup_steps=config.warmup_steps,
