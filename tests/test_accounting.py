@@ -288,6 +288,7 @@ def test_the_cache_and_the_logits_are_as_large_as_predicted(
     by_hand = rows * VOCAB_SIZE * logit
     assert own["rollout"]["logits"] == {"measured": by_hand, "predicted": by_hand}
     # One chunk with all tokens of all samples.
+    assert own["reference"]["logits"] == own["update"]["logits"]
     assert own["update"]["logits"]["measured"] == own["update"]["logits"]["predicted"]
     assert 0 < own["update"]["logits"]["measured"] <= 4 * 3 * 8 * VOCAB_SIZE * logit
 
@@ -320,13 +321,20 @@ def test_operations_are_those_of_the_linear_layers(tmp_path: Path, medium: Any) 
     decoded = sum(len(c.token_ids) - 1 for c in rows)
     by_hand = {
         "rollout": 2 * LINEAR * (4 * prompt + decoded) + 2 * head * (4 + decoded),
-        "update": (6 + 2) * (LINEAR * 4 * longest + head * sum(lengths)),  # policy, and reference forward
+        "reference": 2 * (LINEAR * 4 * longest + head * sum(lengths)),
+        "update": 6 * (LINEAR * 4 * longest + head * sum(lengths)),
     }
     for phase, expected in by_hand.items():
         assert own[phase]["measured"] == pytest.approx(expected, rel=0.1), phase
-    for phase in ("rollout", "reward", "update", "total"):
+    for phase in ("rollout", "reward", "reference", "update", "total"):
         assert own[phase]["predicted"] == pytest.approx(own[phase]["measured"], rel=0.1), phase
         assert own[phase]["predicted"] < own[phase]["measured"]  # Attention is counted only in what is measured.
+
+
+def test_operations_with_packed_weights_are_counted(tmp_path: Path, medium: Any) -> None:
+    trainer = make_trainer(tmp_path, medium["policy"], checksum, max_completion_length=20)
+    own = measure(trainer)["flops"]["rollout"]  # So many tokens that the engine packs the weights on a CPU.
+    assert own["predicted"] == pytest.approx(own["measured"], rel=0.1)
 
 
 def test_gradient_checkpointing_costs_another_forward_pass(tmp_path: Path, medium: Any) -> None:
@@ -381,7 +389,7 @@ def test_the_command_writes_tables_and_strict_json(
     assert mine["ratios"]["static"]["measured"] == pytest.approx(40 / 24, rel=0.1)
     assert mine["ratios"]["flops"]["measured"] > 1
     assert len(mine["hyperparameters"]) == 8
-    assert all(math.isfinite(mine["phases"][phase]["peak"]) for phase in ("rollout", "reward", "update"))
+    assert all(math.isfinite(mine["phases"][phase]["peak"]) for phase in ("rollout", "reward", "reference", "update"))
     markdown = (out / "accounting.md").read_text()
     for text in (printed, markdown):
         assert "mine: GFLOP" in text

@@ -126,6 +126,15 @@ def run_compare(inputs: config.CompareInputs, args: config.CompareConfig) -> Non
     run_comparison(inputs, args, ["remax", *sys.argv[1:]])
 
 
+def run_plan(inputs: config.PlanInputs, args: config.PlanConfig) -> None:
+    """`remax plan`"""
+    # What a training imports: on a CPU, the size of this process is where its memory starts.
+    import remax.trainer  # noqa: F401
+    from remax.plan.command import run_plan
+
+    run_plan(inputs, args)
+
+
 def run_demo(args: DemoConfig) -> None:
     """`remax demo`"""
     from remax.demo.pipeline import run_demo
@@ -169,6 +178,12 @@ COMMANDS = {
         "--config compare.yaml --output_dir OUT [settings]",
         (config.CompareInputs, config.CompareConfig),
         run_compare,
+    ),
+    "plan": Command(
+        "Predict a training's peak memory from configs alone: whether it fits, and what would.",
+        "--model M [--device_memory 80GB] [settings]",
+        (config.PlanInputs, config.PlanConfig),
+        run_plan,
     ),
     "lab": Command(
         "Measure the variance, signal and cost of every method's gradient at a checkpoint.",

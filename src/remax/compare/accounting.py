@@ -25,7 +25,7 @@ from remax.recording import write_json
 
 MIB = 2**20
 GIGA = 10**9
-PHASES = ("rollout", "reward", "update")
+PHASES = ("rollout", "reward", "reference", "update")
 EPOCHS = (1, 2, 4, 8)
 """Of PPO, for which the operations of a step are told."""
 
@@ -150,6 +150,8 @@ def columns(methods: Mapping[str, Any]) -> dict[str, list[Column]]:
         column("\npeak", phase("rollout", "peak"), MIB),
         column("reward\nactivations", phase("reward", "activations"), MIB),
         column("\npeak", phase("reward", "peak"), MIB),
+        column("reference\nlogits", phase("reference", "logits"), MIB),
+        column("\npeak", phase("reference", "peak"), MIB),
         column("update\nactivations", phase("update", "activations"), MIB),
         column("\nlogits", phase("update", "logits"), MIB),
         column("\ntensors", phase("update", "made"), MIB),

@@ -5,6 +5,7 @@ them, so that its peaks are those of training.
 """
 
 import contextlib
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,20 +26,25 @@ from remax.compare.predict import Call
 from remax.compare.spec import Run
 from remax.config import CompareInputs
 from remax.errors import UserError
+from remax.logprobs import CompletionScorer
 from remax.meters import PhaseMeter
 from remax.methods import PPO
+from remax.plan import formulas
+from remax.plan.networks import Counts, head
 from remax.progress import PlainLines
 from remax.rewards import load_reward_function
 from remax.trainer import ReMaxTrainer
 
 _count: Any = sdpa_flop_count
 _count_backward: Any = sdpa_backward_flop_count
-CPU_ATTENTION = {
+UNKNOWN_OPERATIONS: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, **__: _count_backward(gradient, q, k, v)
     ),
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # Weights that a rollout has packed, [out, in].
+    UNKNOWN_OPERATIONS[torch.ops.mkldnn._linear_pointwise] = lambda x, w, *_, **__: 2 * math.prod(x) * w[0]
 """Operations that torch's counter does not know by itself."""
 
 
@@ -81,7 +87,7 @@ def measure(trainer: ReMaxTrainer) -> dict[str, Any]:
     static = watch.static_bytes()
     trainer.meter = plain = Transients(trainer.accelerator.device)
     trainer.step(trainer.order.batch(2), 2)
-    counts = predict.count(trainer)
+    counts = {name: network.counts for name, network in predict.measured_networks(trainer).items()}
     return {
         "method": trainer.args.method,
         "hyperparameters": added_hyperparameters(trainer.args),
@@ -93,9 +99,9 @@ def measure(trainer: ReMaxTrainer) -> dict[str, Any]:
             "greedy": len(record.rollout.greedy),
             "tokens": sum(len(c.token_ids) for c in record.rollout.samples + record.rollout.greedy),
         },
-        "static": _beside(static, predict.static_bytes(counts, trainer.args)),
+        "static": _beside(static, formulas.static_bytes(counts, trainer.args)),
         "gradients_at_once": watch.gradients_at_once,
-        "equal_size_theory": predict.equal_size_bytes(counts, trainer.args),
+        "equal_size_theory": formulas.equal_size_bytes(counts, trainer.args),
         "device": trainer.accelerator.device.type,
         "phases": _phases(trainer, watch, plain),
         "flops": _flops(watch, counts, trainer),
@@ -115,7 +121,7 @@ def _phases(trainer: ReMaxTrainer, watch: "Watch", plain: "Transients") -> dict[
     }
 
 
-def _flops(watch: "Watch", counts: Mapping[str, predict.Counts], trainer: ReMaxTrainer) -> dict[str, Any]:
+def _flops(watch: "Watch", counts: Mapping[str, Counts], trainer: ReMaxTrainer) -> dict[str, Any]:
     flops: dict[str, Any] = _beside(
         watch.flops, predict.flops(watch.calls, counts, recompute=trainer.args.gradient_checkpointing)
     )
@@ -155,7 +161,8 @@ class Watch(PhaseMeter):
         """Watches a phase."""
         self.phase = phase
         transients = LiveTensors() if phase == "reward" else contextlib.nullcontext()
-        self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        self.counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_OPERATIONS)
+        vars(self.counter)["mod_tracker"] = _OneModule()
         with super().measure(phase), self.saved, transients, self.counter:
             yield
         self.flops[phase] = self.counter.get_total_flops()
@@ -170,12 +177,12 @@ class Watch(PhaseMeter):
         handles.append(trainer.parts.policy.register_forward_hook(self._on_decode, with_kwargs=True))
         handles.append(trainer.policy.network.register_forward_hook(self._on_scorer("policy")))
         if trainer.parts.reference is not None:
-            handles.append(trainer.parts.reference.register_forward_hook(self._on_scorer("reference")))
+            self._watch_reference(trainer.parts.reference)
         for name, network in networks.items():
             if name.startswith("reward"):
                 handles.append(network.register_forward_hook(self._on_reward(name), with_kwargs=True))
-        heads = {id(head): head for head in map(predict.head, networks.values()) if head is not None}
-        handles += [head.register_forward_hook(self._on_head) for head in heads.values()]
+        heads = {id(own): own for own in map(head, networks.values()) if own is not None}
+        handles += [own.register_forward_hook(self._on_head) for own in heads.values()]
         for optimizer in self.optimizers().values():
             handles.append(optimizer.register_step_pre_hook(self._on_update))
         if isinstance(trainer.method, PPO):
@@ -187,6 +194,8 @@ class Watch(PhaseMeter):
             for handle in handles:
                 handle.remove()
             vars(trainer.method).pop("experience", None)
+            if trainer.parts.reference is not None:
+                vars(trainer.parts.reference).pop("logprobs", None)
 
     def static_bytes(self) -> dict[str, int]:
         """Returns what weights, gradients and optimiser states take between two steps."""
@@ -204,6 +213,7 @@ class Watch(PhaseMeter):
         return {
             "rollout": {"kv_cache": self.largest_cache, "logits": self.logits["rollout"]},
             "reward": {"activations": self.reward_bytes},
+            "reference": {"logits": self.logits["reference"]},
             "update": {"activations": self.saved.peak, "logits": self.logits["update"]},
         }
 
@@ -254,6 +264,15 @@ class Watch(PhaseMeter):
         self.gradients = {name: max(value, self.gradients.get(name, 0)) for name, value in alive.items()}
         self.gradients_at_once = max(self.gradients_at_once, sum(alive.values()))
 
+    def _watch_reference(self, reference: CompletionScorer) -> None:
+        logprobs, hook = reference.logprobs, self._on_scorer("reference")
+
+        def seen(*args: Any) -> Tensor:
+            hook(reference, args, None)
+            return logprobs(*args)
+
+        vars(reference)["logprobs"] = seen
+
     def _watch_experience(self, method: PPO) -> None:
         experience = method.experience
 
@@ -278,6 +297,18 @@ class Transients(PhaseMeter):
         with super().measure(phase), LiveTensors() as live:
             yield
         self.made[phase] = live.peak
+
+
+class _OneModule:
+    """Takes the place of what tells torch's counter in which module an operation is: all together are wanted.
+
+    torch's own cannot stand a module inside an autograd function, which the language-model head is.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: Any) -> None: ...
 
 
 class SavedTensors:
@@ -334,12 +365,12 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         given = {_address(tensor) for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
-            address = _address(tensor)
+            address, size = _address(tensor), _size(tensor)
             if address not in given and address not in self.known:
-                storage = tensor.untyped_storage()
                 self.known.add(address)
-                self.total += storage.nbytes()
-                weakref.finalize(storage, self._release, address, storage.nbytes())
+                self.total += size
+                owner = tensor if tensor.is_mkldnn else tensor.untyped_storage()
+                weakref.finalize(owner, self._release, address, size)
         self.peak = max(self.peak, self.total)
         return result
 
@@ -349,7 +380,13 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Returns what tells tensors in different memory apart; weights that oneDNN has packed show no memory."""
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
+
+
+def _size(tensor: Tensor) -> int:
+    """Returns the bytes of the memory that a tensor lies in."""
+    return tensor.numel() * tensor.element_size() if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
 
 
 def _tensors(tree: Any) -> list[Tensor]:

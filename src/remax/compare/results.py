@@ -21,7 +21,7 @@ REWARDS = ("reward", "gold")
 
 EVALUATED = ("reward", "reward/greedy", "gold", "gold/greedy", "kl", "length", "clipped_ratio", "entropy")
 SPENT = ("steps", "prompts", "tokens", "seconds", "parameters")
-PHASES = ("rollout", "reward", "update")
+PHASES = ("rollout", "reward", "reference", "update")
 CONTROLLED = "length_controlled"
 
 PAIRED = (*REWARDS, *(f"{name}/{CONTROLLED}" for name in REWARDS))

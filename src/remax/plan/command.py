@@ -1,0 +1,158 @@
+"""The command: from configs and settings to a plan, in tables and in plan.json."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from remax.config import PlanConfig, PlanInputs, ReMaxConfig
+from remax.errors import UserError
+from remax.plan.device import Memory, memory_of
+from remax.plan.networks import Network, measure_networks, networks_of_configs, read_config
+from remax.plan.phases import Peak, Workload, as_record, largest, predict
+from remax.plan.proposals import Proposal, cheapest, single_changes, with_method
+from remax.plan.ratios import Ratio, ratios
+from remax.plan.sharding import Split
+from remax.recording import write_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take, whether it fits and what would."""
+
+    inputs: PlanInputs
+    args: ReMaxConfig
+    memory: Memory
+    work: Workload
+    parameters: dict[str, int]
+    """By network."""
+    peaks: dict[str, Peak]
+    methods: dict[str, Peak]
+    """The largest peak of the same run with ReMax and with PPO."""
+    single: list[Proposal]
+    proposal: Proposal | None
+    ratios: list[Ratio]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves free what has to be."""
+        return largest(self.peaks).total <= self.memory.usable
+
+    def record(self) -> dict[str, Any]:
+        """Returns it as plan.json has it; bytes throughout."""
+        return {
+            "inputs": asdict(self.inputs),
+            "settings": asdict(self.args),
+            "device": {"name": self.memory.name, "memory": self.memory.total, "usable": self.memory.usable},
+            "step": asdict(self.work),
+            "parameters": self.parameters,
+            "phases": as_record(self.peaks),
+            "peak": largest(self.peaks).total,
+            "fits": self.fits,
+            "methods": {name: peak.total for name, peak in self.methods.items()},
+            "single_changes": [_proposal_record(own) for own in self.single],
+            "proposal": None if self.proposal is None else _proposal_record(self.proposal),
+            "ratios": [
+                {
+                    "model": own.name,
+                    "parameters": own.parameters,
+                    "remax": asdict(own.remax),
+                    "ppo": asdict(own.ppo),
+                    "static_ratio": own.static,
+                    "peak_ratio": own.peak,
+                }
+                for own in self.ratios
+            ],
+        }
+
+
+def _proposal_record(own: Proposal) -> dict[str, Any]:
+    return {"changes": own.changes, "peak": own.peak.total, "fits": own.fits, "price": own.price}
+
+
+def run_plan(inputs: PlanInputs, args: PlanConfig) -> Plan:
+    """Makes the plan, prints it and, with an output_dir, writes plan.json.
+
+    Raises:
+        UserError: a config cannot be read, or settings do not go together.
+    """
+    from remax.plan.report import print_plan
+
+    plan = make_plan(inputs, args)
+    print_plan(plan)
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "plan.json", plan.record())
+    return plan
+
+
+def make_plan(inputs: PlanInputs, args: ReMaxConfig) -> Plan:
+    """Returns the plan of a run.
+
+    Raises:
+        UserError: a config cannot be read, or settings do not go together.
+    """
+    policy = read_config(inputs.model, flag="--model")
+    reward = read_config(inputs.reward_model, flag="--reward_model") if inputs.reward_model else None
+    if reward is None and not inputs.reward_funcs:
+        reward = policy
+    value = read_config(args.value_model, flag="--value_model") if args.value_model else None
+    work = _work(inputs, args, policy)
+    memory, split = memory_of(inputs), Split(inputs.sharding, inputs.num_devices)
+    built: dict[tuple[Any, ...], Mapping[str, Network]] = {}
+
+    def networks(own: ReMaxConfig) -> Mapping[str, Network]:
+        """Returns the networks of a run with these settings; they depend on few of them."""
+        key = (own.method, own.use_peft, own.needs_reference)
+        if key not in built:
+            of_value = value if own.method == "ppo" else None
+            built[key] = measure_networks(networks_of_configs(policy, reward, own, of_value), own)
+        return built[key]
+
+    def peaks_of(own: ReMaxConfig) -> dict[str, Peak]:
+        return predict(networks(own), own, work, memory.device, split)
+
+    peaks, on_gpu = peaks_of(args), memory.device.kind == "cuda"
+    fits = largest(peaks).total <= memory.usable
+    others = {name: args if name == args.method else with_method(args, name) for name in ("remax", "ppo")}
+    single, proposal = [], None
+    if not fits:
+        single = single_changes(args, work, peaks_of, usable=memory.usable, on_gpu=on_gpu)
+        proposal = cheapest(args, work, peaks_of, usable=memory.usable, on_gpu=on_gpu)
+    return Plan(
+        inputs=inputs,
+        args=args,
+        memory=memory,
+        work=work,
+        parameters={name: network.counts.parameters for name, network in networks(args).items()},
+        peaks=peaks,
+        methods={name: largest(peaks_of(own)) for name, own in others.items() if own is not None},
+        single=single,
+        proposal=proposal,
+        ratios=ratios(args, work, split),
+    )
+
+
+def _work(inputs: PlanInputs, args: ReMaxConfig, policy: Any) -> Workload:
+    prompt_length = inputs.prompt_length or args.max_prompt_length
+    if prompt_length > args.max_prompt_length:
+        raise UserError(
+            f"--prompt_length is {prompt_length}: --max_prompt_length {args.max_prompt_length} lets no such prompt in; "
+            f"set {args.max_prompt_length} or less, or a larger --max_prompt_length."
+        )
+    limit = getattr(policy.get_text_config(), "max_position_embeddings", None)
+    if limit and prompt_length + args.max_completion_length > limit:
+        room = limit - args.max_completion_length
+        instead = f"--prompt_length {room} or less" if room > 0 else f"a smaller --max_completion_length than {limit}"
+        raise UserError(
+            f"--max_completion_length is {args.max_completion_length}: with prompts of {prompt_length} tokens that is "
+            f"more than the model's context of {limit}; set {instead}."
+        )
+    if args.batch_size < inputs.num_devices:
+        raise UserError(
+            f"--num_devices is {inputs.num_devices}: a step has only {args.batch_size} prompts, so some would have "
+            f"none; set --batch_size {inputs.num_devices} or more."
+        )
+    return Workload(math.ceil(args.batch_size / inputs.num_devices), prompt_length, args.max_completion_length)
