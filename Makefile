@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_DIR := remax-demo
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint format bench clean
 
 help:
 	@echo "make demo       the whole pipeline on a small world of stories, about two minutes on two cores"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests that take longer"
 	@echo "make lint       ruff, mypy and the import contracts"
 	@echo "make format     let ruff rewrite the code"
+	@echo "make bench      time and memory of a step beside TRL, its floor and its growth, about 15 minutes on two cores"
 	@echo "make clean      remove the environment and all caches"
 
 demo: $(READY)
@@ -35,6 +36,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.speed
 
 # torch comes first and alone, so that its exact version is what everything else is resolved against.
 $(READY): pyproject.toml constraints.txt
