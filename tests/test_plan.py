@@ -255,8 +255,6 @@ def test_what_is_offloaded_counts_in_its_phase_alone() -> None:
         "reference": policy + frozen["reference"],
         "update": policy,
     }
-    exact = settings(reference_placement="offload", kl_mode="loss")
-    assert predict(networks, exact, STEP, Device("cuda"))["update"].weights == policy + sum(frozen.values())
     on_cpu = predict(networks, args, STEP, Device("cpu"))
     assert on_cpu["rollout"].weights == on_cpu["update"].weights > policy
 
@@ -388,20 +386,36 @@ def fake(peak_of: Callable[[ReMaxConfig], int]) -> Any:
 
 
 def find(args: ReMaxConfig, peak_of: Callable[[ReMaxConfig], int], usable: int) -> Any:
-    return cheapest(args, STEP, fake(peak_of), usable=usable, on_gpu=True)
+    return cheapest(args, possible(args), fake(peak_of), usable=usable)
+
+
+def possible(args: ReMaxConfig, **changes: Any) -> list[Any]:
+    return levers(args, STEP, **{"has_reward_model": True, "on_gpu": True, **changes})
+
+
+def names_of(found: list[Any]) -> list[str]:
+    return [next(iter(lever.values[0])) for lever in found]
 
 
 def test_changes_are_tried_from_the_cheapest_to_the_dearest() -> None:
-    names = [next(iter(lever.values[0])) for lever in levers(settings(optim="adamw_torch"), STEP, on_gpu=True)]
-    assert names == [
+    assert names_of(possible(settings(optim="adamw_torch"))) == [
         *("optim", "micro_batch_tokens", "reward_batch_size", "rollout_batch_size", "reward_placement"),
         *("reference_placement", "gradient_checkpointing", "bf16", "optim", "use_peft"),
     ]
-    on_cpu = [next(iter(lever.values[0])) for lever in levers(settings(), STEP, on_gpu=False)]
-    assert "reward_placement" not in on_cpu
-    assert "gradient_checkpointing" not in [
-        next(iter(lever.values[0])) for lever in levers(settings(gradient_checkpointing=True), STEP, on_gpu=True)
-    ]
+    assert "gradient_checkpointing" not in names_of(possible(settings(gradient_checkpointing=True)))
+
+
+def test_only_what_exists_can_be_placed_elsewhere() -> None:
+    placements = {"reward_placement", "reference_placement"}
+
+    def placed(args: ReMaxConfig, **changes: Any) -> set[str]:
+        return placements & set(names_of(possible(args, **changes)))
+
+    assert placed(settings()) == placements
+    assert placed(settings(), on_gpu=False) == set()
+    assert placed(settings(), has_reward_model=False) == {"reference_placement"}
+    for changes in ({"kl_mode": "loss"}, {"use_peft": True}, {"beta": 0.0}):
+        assert placed(settings(**changes)) == {"reward_placement"}
 
 
 def test_the_cheapest_that_fits_is_proposed_and_goes_no_further_than_it_must() -> None:
@@ -422,7 +436,8 @@ def test_the_cheapest_that_fits_is_proposed_and_goes_no_further_than_it_must() -
 
 
 def test_each_change_alone_is_shown_at_its_most() -> None:
-    found = single_changes(settings(), STEP, fake(lambda own: own.micro_batch_tokens), usable=600, on_gpu=True)
+    args = settings()
+    found = single_changes(args, possible(args), fake(lambda own: own.micro_batch_tokens), usable=600)
     first, second, *_ = found
     assert (first.changes, first.fits) == ({"micro_batch_tokens": 512}, True)
     assert (list(second.changes), second.fits) == (["reward_batch_size"], False)

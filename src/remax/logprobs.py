@@ -127,13 +127,14 @@ class CompletionScorer(nn.Module):
         If the model's head is not a plain one, its logits [N, V] take the place of the hidden states.
         """
         with self._adapters():
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "use_cache": False}
+            # No attention mask: the padding is on the right, where no token of a causal model sees it. With a mask,
+            # attention would take a slower kernel, and repeat the keys of grouped heads.
+            inputs = {"input_ids": batch.input_ids, "use_cache": False}
             if self._compiled_body is None:
                 outputs = self._body()(**inputs)
             else:
                 # Not dynamic=True, which would make symbols of the model's constants too, and compile everything twice.
-                for name in ("input_ids", "attention_mask"):
-                    torch._dynamo.maybe_mark_dynamic(inputs[name], (0, 1))
+                torch._dynamo.maybe_mark_dynamic(batch.input_ids, (0, 1))
                 outputs = self._compiled_body(**inputs)
         states = outputs.last_hidden_state if self.knows_head else outputs.logits
         selected: Tensor = states[:, :-1][batch.target_mask]

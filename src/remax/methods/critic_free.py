@@ -14,7 +14,7 @@ from remax.interfaces import Prompt, Rollout
 from remax.learner import Learner
 from remax.methods.baselines import MAKE_BASELINE, GreedyRewards, Mixed
 from remax.metrics import Credit, StepRecord
-from remax.objective import policy_gradient_loss
+from remax.objective import BatchLoss, policy_gradient_loss
 
 
 class CriticFree:
@@ -64,7 +64,7 @@ class CriticFree:
             record.grad_norm = self.policy.update(self.losses(record, rows))
 
     def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
-        """Yields the loss of one micro-batch of these rows after the other, and records what each shows.
+        """Yields the loss of one micro-batch of these rows after the other, and records afterwards what each shows.
 
         Where the return is 0 at every token, the row has no gradient: it is looked at, but nothing is differentiated.
         """
@@ -73,10 +73,12 @@ class CriticFree:
         denominator = estimators.denominator(args.loss_aggregation, len(rows), num_tokens)
         silent = set() if args.needs_reference else {row for row in rows if record.advantages[row] == 0}
         for group in self._micro_batches(record, [row for row in rows if row not in silent]):
-            yield self._loss(record, group, denominator)
+            result = self._loss(record, group, denominator)
+            yield result.loss
+            record.add(group, result)  # Not before it is differentiated: a GPU would have to be waited for.
         with torch.no_grad():
             for group in self._micro_batches(record, sorted(silent)):
-                self._loss(record, group, denominator)
+                record.add(group, self._loss(record, group, denominator))
 
     def _micro_batches(self, record: StepRecord, rows: Sequence[int]) -> Iterator[list[int]]:
         samples = record.rollout.samples
@@ -84,12 +86,12 @@ class CriticFree:
         for group in split_by_tokens(lengths, self.args.micro_batch_tokens):
             yield [rows[i] for i in group]
 
-    def _loss(self, record: StepRecord, rows: list[int], denominator: int) -> Tensor:
-        """Returns the loss of a micro-batch, having recorded what it shows."""
+    def _loss(self, record: StepRecord, rows: list[int], denominator: int) -> BatchLoss:
+        """Returns the loss of a micro-batch and what it shows."""
         args, parts, device = self.args, self.parts, self.parts.accelerator.device
         batch = collate([record.rollout.samples[row] for row in rows], parts.tokenizer.pad_token_id, device)
         with parts.accelerator.autocast():
-            result = policy_gradient_loss(
+            return policy_gradient_loss(
                 self.policy.network,
                 batch,
                 record.advantages[rows].to(device),
@@ -99,8 +101,6 @@ class CriticFree:
                 ref_logprobs=record.ref_logprobs_of(rows, batch),
                 reference=parts.reference if args.needs_exact_kl else None,
             )
-        record.add(rows, result)
-        return result.loss
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the next steps depend on beside weights and optimiser."""

@@ -11,7 +11,7 @@ from remax.errors import UserError
 from remax.plan.device import Memory, memory_of
 from remax.plan.networks import Network, measure_networks, networks_of_configs, read_config
 from remax.plan.phases import Peak, Workload, as_record, largest, predict
-from remax.plan.proposals import Proposal, cheapest, single_changes, with_method
+from remax.plan.proposals import Proposal, cheapest, levers, single_changes, with_method
 from remax.plan.ratios import Ratio, ratios
 from remax.plan.sharding import Split
 from remax.recording import write_json
@@ -119,8 +119,9 @@ def make_plan(inputs: PlanInputs, args: ReMaxConfig) -> Plan:
     others = {name: args if name == args.method else with_method(args, name) for name in ("remax", "ppo")}
     single, proposal = [], None
     if not fits:
-        single = single_changes(args, work, peaks_of, usable=memory.usable, on_gpu=on_gpu)
-        proposal = cheapest(args, work, peaks_of, usable=memory.usable, on_gpu=on_gpu)
+        found = levers(args, work, has_reward_model=reward is not None, on_gpu=on_gpu)
+        single = single_changes(args, found, peaks_of, usable=memory.usable)
+        proposal = cheapest(args, found, peaks_of, usable=memory.usable)
     return Plan(
         inputs=inputs,
         args=args,

@@ -125,17 +125,13 @@ def _resident(networks: Mapping[str, Network], args: ReMaxConfig, phase: str, sp
     held = 0
     for name, network in networks.items():
         own, is_reward, is_reference = network.counts, name.startswith("reward"), name == "reference"
-        needed = (is_reward and phase == "reward") or (is_reference and phase == _reference_phase(args))
+        needed = (is_reward and phase == "reward") or (is_reference and phase == "reference")
         placement = args.reward_placement if is_reward else args.reference_placement if is_reference else "resident"
         if on_cpu or needed or placement == "resident":
             held += split.weights(name, own, args)
         if on_cpu and is_reward:
             held += 4 * own.castable * args.bf16 - 4 * own.embedding * (args.method != "ppo")
     return held
-
-
-def _reference_phase(args: ReMaxConfig) -> str:
-    return "update" if args.needs_exact_kl else "reference"
 
 
 def moments(

@@ -1,6 +1,6 @@
 """If a run does not fit: the cheapest change of its settings that does."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any
@@ -40,7 +40,7 @@ class Proposal:
         return " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in self.changes.items())
 
 
-def levers(args: ReMaxConfig, work: Workload, *, on_gpu: bool) -> list[Lever]:
+def levers(args: ReMaxConfig, work: Workload, *, has_reward_model: bool, on_gpu: bool) -> list[Lever]:
     """Returns what can still be changed, the cheapest first."""
     rows_of_prompt = args.num_generations + args.needs_greedy
     rows = work.prompts * rows_of_prompt
@@ -53,8 +53,10 @@ def levers(args: ReMaxConfig, work: Workload, *, on_gpu: bool) -> list[Lever]:
     ]
     if args.optim == "adamw_torch":
         found.append(Lever(0, NO_PRICE, [{"optim": "adamw_torch_fused"}]))
-    for name in ("reward_placement", "reference_placement"):
-        if on_gpu and getattr(args, name) == "resident":
+    # The exact KL reads the reference in every micro-batch; with an adapter the reference is the policy itself.
+    has_own_reference = args.needs_reference and not args.needs_exact_kl and not args.use_peft
+    for name, exists in (("reward_placement", has_reward_model), ("reference_placement", has_own_reference)):
+        if on_gpu and exists and getattr(args, name) == "resident":
             found.append(Lever(5, "frozen weights are copied in every step", [{name: "offload"}]))
     if not args.gradient_checkpointing:
         found.append(Lever(33, "about a third more time", [{"gradient_checkpointing": True}]))
@@ -81,19 +83,18 @@ def _halves(name: str, start: int, least: int) -> list[dict[str, Any]]:
     return values
 
 
-def single_changes(args: ReMaxConfig, work: Workload, predict: Predict, *, usable: int, on_gpu: bool) -> list[Proposal]:
+def single_changes(args: ReMaxConfig, found: Sequence[Lever], predict: Predict, *, usable: int) -> list[Proposal]:
     """Returns what each change gives alone, at its most, the cheapest first."""
-    found = levers(args, work, on_gpu=on_gpu)
     return [_proposal(args, [(lever, lever.values[-1])], predict, usable) for lever in found]
 
 
-def cheapest(args: ReMaxConfig, work: Workload, predict: Predict, *, usable: int, on_gpu: bool) -> Proposal | None:
+def cheapest(args: ReMaxConfig, found: Sequence[Lever], predict: Predict, *, usable: int) -> Proposal | None:
     """Returns the cheapest combination of changes that fits; None if none does.
 
     Combinations are tried from the cheapest to the dearest, each change at its most; then each goes back as far as it
     still fits.
     """
-    for chosen in _combinations(levers(args, work, on_gpu=on_gpu)):
+    for chosen in _combinations(found):
         picked = [(lever, lever.values[-1]) for lever in chosen]
         if not _proposal(args, picked, predict, usable).fits:
             continue
@@ -104,7 +105,7 @@ def cheapest(args: ReMaxConfig, work: Workload, predict: Predict, *, usable: int
     return None
 
 
-def _combinations(found: list[Lever]) -> Iterator[tuple[Lever, ...]]:
+def _combinations(found: Sequence[Lever]) -> Iterator[tuple[Lever, ...]]:
     """Yields all sets of changes by their sum of costs."""
     sets = [chosen for size in range(1, len(found) + 1) for chosen in combinations(found, size)]
     yield from sorted(sets, key=lambda chosen: (sum(lever.cost for lever in chosen), len(chosen)))
