@@ -21,6 +21,8 @@ class PhaseMeter:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.run_peak_bytes: dict[str, int] = {}
+        """The largest peaks of all steps so far."""
 
     def clear(self) -> None:
         """Forgets all phases: a new step begins."""
@@ -36,7 +38,9 @@ class PhaseMeter:
         yield
         self._synchronise()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-        self.peak_bytes[phase] = max(self.peak_bytes.get(phase, 0), self._peak())
+        peak = self._peak()
+        for peaks in (self.peak_bytes, self.run_peak_bytes):
+            peaks[phase] = max(peaks.get(phase, 0), peak)
 
     def metrics(self) -> dict[str, float]:
         """Returns time/PHASE in seconds and memory/PHASE in bytes."""

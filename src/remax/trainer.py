@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from remax import models
@@ -19,8 +20,9 @@ from remax.interfaces import Prompt, RolloutEngine
 from remax.learner import Learner
 from remax.logprobs import CompletionScorer
 from remax.meters import PhaseMeter
-from remax.methods import make_method
+from remax.methods import PPO, make_method
 from remax.metrics import StepRecord, completion_records, step_metrics
+from remax.plan import base_bytes, describe_peaks
 from remax.progress import View, default_view
 from remax.recording import RunFolder
 
@@ -90,6 +92,8 @@ class ReMaxTrainer:
         self.args = args or ReMaxConfig()
         self.folder = RunFolder(self.args.output_dir)
         set_seed(self.args.seed)
+        given = [model, *(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs])]
+        self.base_bytes = base_bytes(PartialState().device, given)
         self.parts = parts = assemble(
             self.args,
             model=model,
@@ -174,6 +178,7 @@ class ReMaxTrainer:
             self._evaluate()
             if self.save_final_model:
                 self.save_model(self.folder.model)
+            self.view.note(self._describe_memory())
             self._notify("on_train_end")
         except BaseException:
             self._close()
@@ -215,6 +220,12 @@ class ReMaxTrainer:
         ]
         title = f"Model after {METHOD_NAMES[self.args.method].split(' (')[0]}"
         self.folder.write_model_card(folder, base_model=name, title=title, lines=lines)
+
+    def _describe_memory(self) -> str:
+        value_model = self.method.critic.network if isinstance(self.method, PPO) else None
+        return describe_peaks(
+            self.parts, self.args, self.meter.run_peak_bytes, base_bytes=self.base_bytes, value_model=value_model
+        )
 
     def _recorded_step(self, step: int) -> dict[str, float]:
         started = time.perf_counter()
