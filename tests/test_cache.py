@@ -1,5 +1,7 @@
 """The cache with room for new tokens holds what transformers' growing cache holds, and changes no completion."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
@@ -31,6 +33,29 @@ def test_it_holds_what_the_growing_cache_holds() -> None:
             cache.batch_select_indices(torch.tensor(keep))
     with pytest.raises(AssertionError, match="more tokens than there was room"):
         ours.update(*states(1, 1, 0), 0)
+
+
+def test_under_autocast_keys_are_cast_once_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' layer keeps the float32 keys of the rotary embedding, and attention casts them at every token."""
+    engine = embedded.EmbeddedEngine(tiny_model("llama"), pad_token_id=0)
+    prompts = [Prompt(i, "", list(range(3, 5 + i))) for i in range(4)]
+    types, update = set(), RoomyLayer.update
+
+    def watched(layer: RoomyLayer, *args: Any) -> Any:
+        keys, values = update(layer, *args)
+        types.add((args[0].dtype, keys.dtype, values.dtype))
+        return keys, values
+
+    def generate() -> list[tuple[list[int], list[float]]]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rollout = engine.generate(prompts, Sampling(24, (7,)), num_samples=2, greedy=True, seed=0, step=1)
+        return [(c.token_ids, c.logprobs) for c in [*rollout.samples, *rollout.greedy]]
+
+    monkeypatch.setattr(RoomyLayer, "update", watched)
+    cast_once = generate()
+    assert types == {(torch.float32, torch.bfloat16, torch.bfloat16)}
+    monkeypatch.setattr(embedded, "make_cache", lambda config, num_new_tokens: DynamicCache(config=config))
+    assert cast_once == generate()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma"])

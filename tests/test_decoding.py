@@ -208,6 +208,18 @@ def test_a_step_that_cannot_be_recorded_is_run(monkeypatch: pytest.MonkeyPatch) 
     assert_same(generate(model, static=True), generate(model))
 
 
+def test_without_a_recording_the_steps_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(TapeRecorder):
+        def record(self, step: Callable[[], None]) -> None:
+            self.num_records += 1
+
+    recorder = Failing()
+    monkeypatch.setattr(static, "_recorder", lambda device: recorder)
+    model = tiny_model("llama")
+    assert_same(generate(model, static=True), generate(model))
+    assert recorder.num_records == 1
+
+
 def test_a_step_that_is_broken_off_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As happens on CUDA when the model waits for the device; here the break comes at the last moment."""
 

@@ -61,12 +61,12 @@ def phase_bytes(trainer: ReMaxTrainer, calls: Sequence[Call]) -> dict[str, dict[
     rows = min(together, len(prompts)) * rows_of_prompt
     length = max(len(prompt.token_ids) for prompt in prompts) + args.max_completion_length
     logit_bytes = 2 if formulas.is_half(args) else 4
+    on_gpu = trainer.accelerator.device.type == "cuda"
 
     def logits(phase: str) -> int:
         outputs = [call.outputs for call in calls if call.phase == phase and call.network in ("policy", "reference")]
-        return (
-            max((min(own, formulas.chunk_rows(policy)) for own in outputs), default=0) * policy.vocabulary * logit_bytes
-        )
+        at_once = formulas.chunk_rows(policy, on_gpu=on_gpu)
+        return max((min(own, at_once) for own in outputs), default=0) * policy.vocabulary * logit_bytes
 
     return {
         "rollout": {
@@ -93,14 +93,14 @@ def _reward_activations(trainer: ReMaxTrainer, found: Mapping[str, Network], cal
 
 def _update_activations(trainer: ReMaxTrainer, found: Mapping[str, Network], calls: Sequence[Call]) -> int:
     """Returns the bytes that the largest micro-batch keeps for its backward pass."""
-    sizes = [0]
+    sizes, on_gpu = [0], trainer.accelerator.device.type == "cuda"
     for call in calls:
         if call.trained:
             network, is_policy = found[call.network], call.network == "policy"
             tokens = call.rows * call.length
             kept = formulas.activations(network, tokens, call.outputs, trainer.args, scorer=is_policy)
             if is_policy:
-                kept += formulas.kept_logits(network.widths, call.outputs, trainer.args)
+                kept += formulas.kept_logits(network.widths, call.outputs, trainer.args, on_gpu=on_gpu)
             sizes.append(total(kept))
     return max(sizes)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from remax.config import ReMaxConfig
+from remax.logprobs import chunk_elements
 from remax.plan.networks import Counts, Network, TrainedTensor, Widths
 
 ADAM_STATES = 2
@@ -26,8 +27,6 @@ MATRICES = 7
 """Linear layers in a Llama-like layer; how many there are only says how large each is."""
 MIN_PACKED_TOKENS = 16
 """Shorter rollouts do not pack weights, as decoding_kernels has it."""
-CHUNK_ELEMENTS = 2**24
-"""Most logits of the language-model head at once, as CompletionScorer has it."""
 
 
 class Block(NamedTuple):
@@ -147,13 +146,9 @@ def equal_size_bytes(counts: Mapping[str, Counts], args: ReMaxConfig) -> float |
 def kv_cache(widths: Widths, rows: int, length: int, args: ReMaxConfig) -> list[Block]:
     """Returns keys and values of rows x length tokens in all layers.
 
-    length: of the longest prompt and --max_completion_length together, for which the engine makes room. Under autocast
-    the rotary embedding, which is float32, makes the keys float32 again.
+    length: of the longest prompt and --max_completion_length together, for which the engine makes room.
     """
-    value_size = 2 if is_half(args) else 4
-    key_size = 4 if casts_weights(args) and widths.rotary else value_size
-    elements = widths.keys * rows * length
-    return [Block(widths.layers, elements * key_size), Block(widths.layers, elements * value_size)]
+    return [Block(2 * widths.layers, widths.keys * rows * length * (2 if is_half(args) else 4))]
 
 
 def decoding_weights(network: Network, length: int, args: ReMaxConfig, *, on_gpu: bool) -> list[Block]:
@@ -248,36 +243,36 @@ def layer_backward(widths: Widths, tokens: int, args: ReMaxConfig) -> list[Block
     return [Block(2, tokens * widths.intermediate * size), Block(1, 4 * tokens * widths.hidden)]
 
 
-def chunk_rows(widths: Widths) -> int:
+def chunk_rows(widths: Widths, *, on_gpu: bool) -> int:
     """Returns how many positions the head is applied to at once."""
-    return max(1, CHUNK_ELEMENTS // widths.vocabulary)
+    return max(1, chunk_elements(on_gpu=on_gpu) // widths.vocabulary)
 
 
-def kept_logits(widths: Widths, outputs: int, args: ReMaxConfig) -> list[Block]:
+def kept_logits(widths: Widths, outputs: int, args: ReMaxConfig, *, on_gpu: bool) -> list[Block]:
     """Returns what the head's statistics keep for the backward pass: log-probabilities, if they are one chunk.
 
     Several chunks are recomputed. The exact KL keeps probabilities and log-ratios too, and a mask: 13 bytes.
     """
-    if outputs > chunk_rows(widths):
+    if outputs > chunk_rows(widths, on_gpu=on_gpu):
         return []
     size = outputs * widths.vocabulary
     return [Block(3, 4 * size), Block(1, size)] if args.needs_exact_kl else [Block(1, 4 * size)]
 
 
-def head_temporaries(widths: Widths, outputs: int, args: ReMaxConfig) -> list[Block]:
+def head_temporaries(widths: Widths, outputs: int, args: ReMaxConfig, *, on_gpu: bool) -> list[Block]:
     """Returns what the head's statistics need beside, chunk by chunk: the logits in the making.
 
     A plain head has a backward pass of its own and needs them twice in all; a truncated distribution and the exact KL
     go through autograd.
     """
-    size = min(outputs, chunk_rows(widths)) * widths.vocabulary
+    size = min(outputs, chunk_rows(widths, on_gpu=on_gpu)) * widths.vocabulary
     sorts = 4 if args.top_p < 1 else 0
     through_autograd = 2 + sorts if args.needs_exact_kl or args.top_p < 1 or args.top_k else 0
-    again = (1 if outputs > chunk_rows(widths) else 0) + (1 if args.temperature != 1 else 0)
+    again = (1 if outputs > chunk_rows(widths, on_gpu=on_gpu) else 0) + (1 if args.temperature != 1 else 0)
     raw = [Block(1, 2 * size)] if is_half(args) else []
     return [Block(1 + through_autograd + again, 4 * size), *raw]
 
 
-def reference_temporaries(widths: Widths, outputs: int) -> list[Block]:
+def reference_temporaries(widths: Widths, outputs: int, *, on_gpu: bool) -> list[Block]:
     """Returns what log-probabilities without gradients need, chunk by chunk: logits twice."""
-    return [Block(2, 4 * min(outputs, chunk_rows(widths)) * widths.vocabulary)]
+    return [Block(2, 4 * min(outputs, chunk_rows(widths, on_gpu=on_gpu)) * widths.vocabulary)]

@@ -73,7 +73,6 @@ class Widths:
     keys: int
     """key-value heads x head_dim"""
     vocabulary: int
-    rotary: bool
 
     @classmethod
     def of(cls, network: Any) -> "Widths":
@@ -90,7 +89,6 @@ class Widths:
             queries=heads * head_dim,
             keys=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
             vocabulary=config.vocab_size,
-            rotary=getattr(config, "rope_parameters", None) is not None,
         )
 
 

@@ -141,7 +141,7 @@ def moments(
     return [
         *_rollout(networks["policy"], args, work, split, on_gpu=on_gpu),
         *_reward(networks, args, work, split),
-        *_reference(networks, args, work, split),
+        *_reference(networks, args, work, split, on_gpu=on_gpu),
         *_update(networks, args, work, split, on_gpu=on_gpu),
     ]
 
@@ -184,7 +184,9 @@ def _reward(networks: Mapping[str, Network], args: ReMaxConfig, work: Workload, 
     return found
 
 
-def _reference(networks: Mapping[str, Network], args: ReMaxConfig, work: Workload, split: Split) -> list[Moment]:
+def _reference(
+    networks: Mapping[str, Network], args: ReMaxConfig, work: Workload, split: Split, *, on_gpu: bool
+) -> list[Moment]:
     if not args.needs_reference or args.needs_exact_kl:
         return []
     network = networks.get("reference", networks["policy"])
@@ -193,7 +195,7 @@ def _reference(networks: Mapping[str, Network], args: ReMaxConfig, work: Workloa
     read = formulas.forward_only(w, rows * work.length, half=formulas.is_half(args))
     gathered = split.gathered(network, args)
     states = Block(1, 4 * rows * work.completion_length * w.hidden)
-    logits = formulas.reference_temporaries(w, rows * work.completion_length)
+    logits = formulas.reference_temporaries(w, rows * work.completion_length, on_gpu=on_gpu)
     return [
         Moment("reference", "layers", [*read, *gathered]),
         Moment("reference", "logits", [states, *logits, *gathered]),
@@ -220,8 +222,8 @@ def _update(
         product = [Block(1, 2 * own.head)] if formulas.casts_weights(seen) and not args.use_peft else []
         several = num_batches > 1
         kept = formulas.activations(network, tokens, outputs, seen, scorer=is_policy)
-        logits = formulas.kept_logits(w, outputs, args) if is_policy else []
-        made = formulas.head_temporaries(w, outputs, args) if is_policy else []
+        logits = formulas.kept_logits(w, outputs, args, on_gpu=on_gpu) if is_policy else []
+        made = formulas.head_temporaries(w, outputs, args, on_gpu=on_gpu) if is_policy else []
         casts = (
             formulas.casts_of_layers(network) if args.gradient_checkpointing and formulas.casts_weights(seen) else []
         )

@@ -108,5 +108,5 @@ def llama(shape: str, *, head: int, trained: bool) -> Network:
             head=head * hidden if is_policy else 0,
             embedding=embedding,
         ),
-        Widths(layers, hidden, intermediate, hidden, keys, VOCABULARY, rotary=True),
+        Widths(layers, hidden, intermediate, hidden, keys, VOCABULARY),
     )

@@ -21,6 +21,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends the states of new tokens and returns those of all."""
+        # Under autocast the rotary embedding makes float32 keys, which attention would cast again for every token.
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._key_room = _extended(key_states, self.room_for)
@@ -67,7 +69,7 @@ class FixedLayer(StaticLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the states of one token and returns those of all columns that take part."""
-        self.keys.index_copy_(2, self.cumulative_length.view(1), key_states)
+        self.keys.index_copy_(2, self.cumulative_length.view(1), key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.cumulative_length.view(1), value_states)
         return self.keys, self.values
 

@@ -96,7 +96,7 @@ class EmbeddedEngine:
         rows_of_prompt = num_samples + any(wanted)
         group_size = max(1, self._max_rows // rows_of_prompt) if self._max_rows else max(1, len(prompts))
         kernels = decoding_kernels(self._model, sampling.max_completion_length)
-        with torch.no_grad(), _evaluation_mode(self._model), kernels:
+        with torch.no_grad(), evaluation_mode(self._model), kernels:
             for start in range(0, len(prompts), group_size):
                 self._decode(requests_by_length[start : start + group_size], sampling, seed, step)
         completions = [completion for own in requests for completion in own]
@@ -218,7 +218,7 @@ class _Context:
 
 
 @contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Dropout off; afterwards every module is again in the mode that it was in itself."""
     training = {module: module.training for module in model.modules()}
     model.eval()

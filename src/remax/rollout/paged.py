@@ -23,7 +23,7 @@ from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
 from remax.logprobs import warp_logits
 from remax.rollout.draw import draw
-from remax.rollout.embedded import _evaluation_mode
+from remax.rollout.embedded import evaluation_mode
 from remax.rollout.noise import uniforms
 
 _OPTIONS = {field.name for field in fields(ContinuousBatchingConfig)}
@@ -93,7 +93,7 @@ class PagedEngine:
         ]
         assert completions or not prompts, "neither sampled nor greedy completions were asked for"
         if completions:
-            with torch.no_grad(), _evaluation_mode(self._model), self._own_attention(), _frozen_garbage():
+            with torch.no_grad(), evaluation_mode(self._model), self._own_attention(), _frozen_garbage():
                 self._decode(completions, sampling, seed, step)
         return Rollout(
             samples=[completion for completion in completions if completion.sample_index >= 0],
@@ -213,7 +213,7 @@ class PagedEngine:
         """Returns the log-probabilities of a completion's tokens from one forward pass without a cache, on the CPU."""
         prompt, tokens = completion.prompt.token_ids, completion.token_ids
         input_ids = torch.tensor([prompt + tokens], device=self._base.device)
-        with torch.no_grad(), _evaluation_mode(self._model):
+        with torch.no_grad(), evaluation_mode(self._model):
             logits = self._model(input_ids=input_ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         logprobs: Tensor = logits.log_softmax(-1).cpu().gather(-1, torch.tensor(tokens)[:, None])
         return logprobs[:, 0]

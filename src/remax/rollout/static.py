@@ -167,7 +167,9 @@ class Recordings:
         else:
             replay = self._replays[shape] or self._recorder.record(step)
             self._replays[shape] = replay
-            replay()
+            if replay is None:
+                self._recorder = None
+            (replay or step)()
 
 
 class _CudaRecorder:
@@ -201,8 +203,8 @@ class _CudaRecorder:
             step()
         return records
 
-    def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Returns the step as one launch, without taking it."""
+    def record(self, step: Callable[[], None]) -> Callable[[], None] | None:
+        """Returns the step as one launch, without taking it; None if it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         # A cast that autocast remembers from outside would not be made again, nor belong to the recording's memory.
         autocast = torch.autocast(
@@ -211,8 +213,15 @@ class _CudaRecorder:
             enabled=torch.is_autocast_enabled("cuda"),
             cache_enabled=False,
         )
-        with autocast, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            step()
+        try:
+            with autocast, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                step()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"Decoding goes on without CUDA graphs, for recording one failed: {reason}", stacklevel=2)
+            return None
         return graph.replay
 
 
