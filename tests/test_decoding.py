@@ -250,9 +250,10 @@ def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "gemma2", "adapter"])
 def test_packed_weights_change_no_completion(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(tiny_model("llama")) if name == "adapter" else tiny_model(name)
+    monkeypatch.setattr(kernels, "can_be_lean", lambda body: False)
     products = []
-    pack = kernels._packed_product
-    monkeypatch.setattr(kernels, "_packed_product", lambda layer: products.append(layer) or pack(layer))
+    pack = kernels._product_of
+    monkeypatch.setattr(kernels, "_product_of", lambda layer: products.append(layer) or pack(layer))
     packed = generate(model)
     assert len(products) == len(kernels._linear_layers(model)) > 8
     monkeypatch.setattr(kernels, "_packs", lambda: False)
@@ -263,9 +264,9 @@ def test_packed_weights_change_no_completion(name: str, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("small_weights_too")
 def test_weights_are_packed_anew_and_let_go() -> None:
     model = tiny_model("llama")
-    layer, inputs = model.model.layers[0].mlp.up_proj, torch.randn(3, 2, 32)
+    layer, inputs = model.model.layers[0].self_attn.o_proj, torch.randn(3, 2, 32)
     with decoding_kernels(model, 16):
-        assert "forward" in vars(layer)
+        assert {"forward"} <= vars(layer).keys() & vars(model.model).keys()
         assert torch.allclose(layer(inputs), nn.functional.linear(inputs, layer.weight), atol=1e-5)
     with pytest.raises(IndexError):
         EmbeddedEngine(model, pad_token_id=0).generate(
@@ -278,7 +279,45 @@ def test_weights_are_packed_anew_and_let_go() -> None:
     with decoding_kernels(model, 16):
         assert torch.allclose(layer(inputs), nn.functional.linear(inputs, layer.weight), atol=1e-4)
     with decoding_kernels(model, 15):  # not worth it
-        assert "forward" not in vars(layer)
+        assert not {"forward"} & (vars(layer).keys() | vars(model.model).keys())
+
+
+@pytest.mark.parametrize(("name", "passes_by"), [("llama", True), ("qwen2", True), ("qwen3", True), ("mistral", False)])
+def test_single_tokens_pass_the_modules_by_and_no_completion_changes(
+    name: str, passes_by: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(The tiny Mistral has a sliding window.)"""
+    model, widths = tiny_model(name), []
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.base_model.parameters():
+        if parameter.dim() == 1:  # norms and biases, which begin as ones and zeros
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    layer = type(model.model.layers[0])
+    forward = layer.forward
+
+    def watched(self: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        widths.append(states.shape[1])
+        return forward(self, states, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", watched)
+    lean = generate(model)
+    assert (1 not in widths) == passes_by
+    monkeypatch.setattr(kernels, "can_be_lean", lambda body: False)
+    assert_same(lean, generate(model))
+    assert 1 in widths
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "adapter", "hook", "positions for a part of a head"])
+def test_other_models_are_left_their_modules(name: str) -> None:
+    model = (
+        adapted(tiny_model("llama")) if name == "adapter" else tiny_model(name if name in ARCHITECTURES else "llama")
+    )
+    body = model.get_base_model().model if name == "adapter" else model.base_model
+    if name == "hook":
+        body.layers[1].mlp.register_forward_hook(lambda *_: None)
+    elif name.startswith("positions"):
+        body.rotary_emb.inv_freq = body.rotary_emb.inv_freq[:1]
+    assert not kernels.can_be_lean(body)
 
 
 @pytest.mark.usefixtures("small_weights_too")

@@ -41,17 +41,14 @@ class _HeadLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.dtype = states.dtype
-        pieces = []
+        pieces, kept = [], None
         for own, chosen in zip(torch.split(states, chunk_size), torch.split(targets, chunk_size), strict=True):
-            logits = head(own)
-            ctx.dtype = logits.dtype  # Autocast's, which is not there any more in the backward pass.
-            logprobs_of_chunk = _scaled(logits, temperature).log_softmax(-1)
-            del logits
-            probs = logprobs_of_chunk.exp()
-            pieces.append((_at(logprobs_of_chunk, chosen), -probs.mul_(logprobs_of_chunk).sum(-1)))
+            kept = None  # Before the next chunk is made: two chunks at once would be twice the memory.
+            piece, kept = _forward_chunk(ctx, head, own, chosen)
+            pieces.append(piece)
         logprobs, entropies = (torch.cat(column) for column in zip(*pieces, strict=True))
         # One chunk's log-probabilities are small enough to be kept; those of several are made again.
-        ctx.save_for_backward(states, weight, targets, logprobs_of_chunk if len(pieces) == 1 else None)
+        ctx.save_for_backward(states, weight, targets, kept if len(pieces) == 1 else None)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -67,17 +64,34 @@ class _HeadLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
             own = states[part].to(ctx.dtype)
-            probs = logprobs.exp() if logprobs is not None else _scaled(own @ cast.T, ctx.temperature).softmax(-1)
-            d_logits = probs.neg_()
-            d_logits.scatter_add_(-1, targets[part].unsqueeze(-1), d_logits.new_ones(len(own), 1))
-            d_logits = d_logits.mul_(gradient[part].unsqueeze(-1)).to(ctx.dtype)
+            d_logits = _backward_chunk(ctx, cast, own, targets[part], gradient[part], logprobs)
             if d_states is not None:
                 d_states[part] = d_logits @ cast
             if d_weight is not None and d_weight.dtype == ctx.dtype:
                 d_weight.addmm_(d_logits.T, own)
             elif d_weight is not None:
                 d_weight += d_logits.T @ own
+            del d_logits  # Before the next chunk's is made.
         return d_states, d_weight, None, None, None, None
+
+
+def _forward_chunk(ctx: Any, head: nn.Linear, states: Tensor, targets: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Returns log-probabilities of the targets and entropies, [n] each, and all log-probabilities [n, V]."""
+    logits = head(states)
+    ctx.dtype = logits.dtype  # Autocast's, which is not there any more in the backward pass.
+    logprobs = _scaled(logits, ctx.temperature).log_softmax(-1)
+    del logits
+    return (_at(logprobs, targets), -logprobs.exp().mul_(logprobs).sum(-1)), logprobs
+
+
+def _backward_chunk(
+    ctx: Any, weight: Tensor, states: Tensor, targets: Tensor, gradient: Tensor, logprobs: Tensor | None
+) -> Tensor:
+    """Returns the gradient of the logits, [n, V]; logprobs [n, V], if they were kept, are not computed again."""
+    probs = logprobs.exp() if logprobs is not None else _scaled(states @ weight.T, ctx.temperature).softmax(-1)
+    d_logits = probs.neg_()
+    d_logits.scatter_add_(-1, targets.unsqueeze(-1), d_logits.new_ones(len(targets), 1))
+    return d_logits.mul_(gradient.unsqueeze(-1)).to(ctx.dtype)
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

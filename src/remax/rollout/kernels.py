@@ -17,6 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from remax.rollout.lean import LeanBody, can_be_lean, joined_projections
+
 _MIN_ELEMENTS = 2**16
 """Smaller weights stay in the processor's cache, and the call of a packed product costs more than it saves."""
 _MIN_TOKENS = 16
@@ -29,27 +31,38 @@ _ROWS = 64
 def decoding_kernels(model: nn.Module, num_new_tokens: int) -> Iterator[None]:
     """Within it the model decodes faster; its weights must not change meanwhile, and nothing can be differentiated.
 
-    On a CPU in float32: the weights of linear layers packed by oneDNN (a copy: 4 bytes per weight), if num_new_tokens
-    are enough to pay for the packing, and attention of a single query as two batched products. Under autocast, on
-    any device: a copy of the weights that it would cast, made once; its results are the same bits. On CUDA: attention
-    of a single query that never repeats the keys of grouped heads.
+    On a CPU in float32: attention of a single query as two batched products; if num_new_tokens are enough to pay for
+    it, the weights of linear layers packed by oneDNN (a copy: 4 bytes per weight), and single tokens past the modules
+    of a Llama-like model (see LeanBody). Under autocast, on any device: a copy of the weights that it would cast, made
+    once; its results are the same bits. On CUDA: attention of a single query that never repeats the keys of grouped
+    heads.
     """
     device_type = next(model.parameters()).device.type
     layers = [layer for layer in _linear_layers(model) if layer.weight.dtype == torch.float32]
-    products: dict[Any, Callable[[Tensor], Tensor]] = {}
+    forwards: dict[Any, Callable[..., Any]] = {}
     if torch.is_autocast_enabled(device_type):
-        products = {layer: _cast_product(layer) for layer in layers if isinstance(layer, nn.Linear)}
-    elif device_type == "cpu" and num_new_tokens >= _MIN_TOKENS and _packs():
-        large = [layer for layer in layers if layer.weight.numel() >= _MIN_ELEMENTS]
-        products = {layer: _packed_product(layer) for layer in large}
+        forwards = {layer: _cast_product(layer) for layer in layers if isinstance(layer, nn.Linear)}
+    elif device_type == "cpu" and num_new_tokens >= _MIN_TOKENS:
+        body = _lean_body(model)
+        joined = set() if body is None else set(joined_projections(body))
+        forwards = {layer: _product_of(layer) for layer in layers if layer not in joined and _is_packed(layer.weight)}
+        if body is not None:
+            forwards[body] = LeanBody(body, make_product, _two_products)
     try:
-        for layer, product in products.items():
-            layer.forward = product
+        for module, forward in forwards.items():
+            module.forward = forward
         with _attention(single_query_attention):
             yield
     finally:
-        for layer in products:
-            vars(layer).pop("forward", None)
+        for module in forwards:
+            vars(module).pop("forward", None)
+
+
+def _lean_body(model: Any) -> Any:
+    """Returns the body of a model whose single tokens can go past its modules; None if they cannot."""
+    body = getattr(model, "base_model", None)
+    in_float32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    return body if in_float32 and body is not model and can_be_lean(body) else None
 
 
 def _linear_layers(model: nn.Module) -> list[Any]:
@@ -71,18 +84,27 @@ def _packs() -> bool:
     return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
 
 
-def _packed_product(layer: Any) -> Callable[[Tensor], Tensor]:
-    weight = layer.weight.detach()
-    if isinstance(layer, Conv1D):  # GPT-2 keeps it transposed
-        weight = weight.t().contiguous()
+def _is_packed(weight: Tensor) -> bool:
+    return weight.numel() >= _MIN_ELEMENTS and _packs()
+
+
+def make_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Returns the fastest product with a weight [outputs, inputs], of which it keeps a copy, and a bias."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if not _is_packed(weight):
+        return partial(functional.linear, weight=weight, bias=bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-    bias = None if layer.bias is None else layer.bias.detach()
 
     def product(input: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
         return output
 
     return product
+
+
+def _product_of(layer: Any) -> Callable[[Tensor], Tensor]:
+    weight = layer.weight.t().contiguous() if isinstance(layer, Conv1D) else layer.weight  # GPT-2 keeps it transposed
+    return make_product(weight, layer.bias)
 
 
 def single_query_attention(
