@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_DIR := remax-demo
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint audit format bench clean
 
 help:
 	@echo "make demo       the whole pipeline on a small world of stories, about two minutes on two cores"
 	@echo "make test       all quick tests"
 	@echo "make test-slow  the tests that take longer"
-	@echo "make lint       ruff, mypy and the import contracts"
+	@echo "make lint       ruff, mypy, the import contracts and a scan for secrets"
+	@echo "make audit      known vulnerabilities of the exact versions in constraints.txt; needs a network"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make bench      time and memory of a step beside TRL, its floor and its growth, about 15 minutes on two cores"
 	@echo "make clean      remove the environment and all caches"
@@ -32,6 +33,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	git ls-files --cached --others --exclude-standard -z > $(VENV)/.files
+	xargs -0 $(BIN)/detect-secrets-hook --no-verify --baseline .ci/secrets.baseline < $(VENV)/.files
+
+# Not part of CI: it asks PyPI about every package, and must fail where that cannot be asked.
+audit: $(READY)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.ablation --output benchmarks/results/ablation.json
 
-Every one leaves the numbers what they are, which tests/test_same_numbers.py and its neighbours check.
+Each leaves the numbers what they are, which tests/test_same_numbers.py and its neighbours check; only other optimisers
+do not.
 """
 
 import argparse

@@ -64,18 +64,20 @@ def test_other_lengths_than_the_first_competitors_are_noticed_but_not_fewer_rows
         rounds.check_lengths({"a": [2, 3, 4, 5], "b": [2, 3, 4, 6]}, num_prompts=2)
 
 
-def test_the_floor_adds_up_its_calls_with_the_fastest_way_to_generate() -> None:
+def test_the_floor_adds_up_its_calls_with_the_fastest_way_to_make_each() -> None:
     seconds = {
         "step": [12.0, 10.0, 22.0],
         "generation: slow": [1.0, 9.0, 9.0],
         "generation: fast": [4.0, 2.0, 3.0],
-        "reward": [1.0, 1.0, 2.0],
-        "optimiser": [1.0, 1.0, 6.0],
+        "reward": [1.0, 1.0, 1.0],
+        "reference: fast": [0.0, 0.0, 1.0],
+        "reference: slow": [0.0, 1.0, 1.0],
+        "forward and backward: only": [1.0, 1.0, 6.0],
     }
 
     own = floor.summary(seconds)
 
-    assert own["generation"] == "generation: fast"
+    assert own["fastest"] == ["forward and backward: only", "generation: fast", "reference: fast"]
     assert own["floor"] == 6.0  # of 6, 4, 11
     assert own["step_of_floor_by_round"] == [2.0, 2.5, 2.0]
     assert own["step_of_floor"] == 2.0

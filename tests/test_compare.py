@@ -211,10 +211,14 @@ def test_the_hyperparameters_that_methods_add() -> None:
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, inputs: dict[str, Any], capsys: Any) -> None:
     folder = tmp_path / "out"
-    methods = {"remax": {}, "wild": {"method": "reinforce", "learning_rate": 1e20}, "reinforce": {}}
+    methods = {
+        "remax": {},
+        "wild": {"method": "reinforce", "learning_rate": 9e18, "max_skipped_steps": 0},
+        "reinforce": {},
+    }
     assert compare(folder, inputs, methods=methods, budget_amount=16) == 2
     output = capsys.readouterr()
-    assert "1 of 3 runs failed and are missing from the results: wild, seed 1: --learning_rate is 1e+20" in output.err
+    assert "1 of 3 runs failed and are missing from the results: wild, seed 1: 1 step skipped" in output.err
     assert "run 3/3: reinforce" in output.out
     results = json.loads((folder / "results.json").read_text())
     assert results["missing"] == [{"label": "wild", "seed": 1}]

@@ -3,6 +3,7 @@
 The quick tests trace and differentiate as torch.compile does, but run torch's own kernels (backend aot_eager).
 """
 
+import copy
 import functools
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from remax.batching import Batch, collate
-from remax.compilation import check_compiler
+from remax.compilation import check_compiler, compile_layers
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, Sampling
 from remax.logprobs import CompletionScorer
@@ -35,8 +36,10 @@ def batches(shapes: list[list[tuple[int, int]]]) -> list[Batch]:
 
 def loss_and_gradients(model: Any, shapes: list[list[tuple[int, int]]], *, compiled: bool) -> list[Tensor]:
     """Returns the sum of log-probabilities over micro-batches, and its gradients."""
-    scorer = CompletionScorer(model, compiled=compiled)
-    model.zero_grad()
+    model = copy.deepcopy(model)
+    if compiled:
+        compile_layers(model)
+    scorer = CompletionScorer(model)
     total = torch.zeros(())
     for batch in batches(shapes):
         loss = scorer(batch, SAMPLING).logprobs.sum()
@@ -68,9 +71,21 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def test_loss_and_gradients_are_the_same_from_one_graph_for_all_shapes(graphs: list[Any]) -> None:
+def attention_of(graph: Any) -> list[dict[str, Any]]:
+    """Returns the keywords of the attention kernels in a graph."""
+    return [dict(node.kwargs) for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
+
+
+def test_loss_and_gradients_are_the_same_from_one_graph_for_all_layers(graphs: list[Any]) -> None:
+    assert_alike(tiny_model("llama", num_hidden_layers=3))
+    assert len(graphs) <= 2, "of the first shape, and of all others"
+
+
+def test_attention_needs_no_mask(graphs: list[Any]) -> None:
     assert_alike(tiny_model("llama", num_hidden_layers=1))
-    assert len(graphs) == 1
+    attention = [own for graph in graphs for own in attention_of(graph)]
+    assert attention
+    assert all(own["attn_mask"] is None and own["is_causal"] for own in attention)
 
 
 @pytest.mark.slow
@@ -86,8 +101,9 @@ def test_with_an_adapter_that_is_switched_off_in_between(graphs: list[Any]) -> N
     model = get_peft_model(
         tiny_model("llama", num_hidden_layers=1), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     )
-    policy, reference = CompletionScorer(model, compiled=True), CompletionScorer(model, adapters=False)
-    plain = CompletionScorer(model)
+    plain = CompletionScorer(copy.deepcopy(model))
+    compile_layers(model)
+    policy, reference = CompletionScorer(model), CompletionScorer(model, adapters=False)
     for batch in batches(SHAPES[:2]):
         with torch.no_grad():
             other = reference(batch, SAMPLING).logprobs
@@ -100,14 +116,15 @@ def test_with_an_adapter_that_is_switched_off_in_between(graphs: list[Any]) -> N
 def test_nobody_else_notices(graphs: list[Any]) -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     names = list(model.state_dict())
-    scorer = CompletionScorer(model, compiled=True)
-    model(torch.arange(5).unsqueeze(0))
+    compile_layers(model)
+    scorer = CompletionScorer(model)
+    with torch.no_grad():
+        model(torch.arange(5).unsqueeze(0))
     assert not graphs, "rollouts run the model as it was"
     assert [name.removeprefix("model.") for name in scorer.state_dict()] == names
     scorer(batches(SHAPES[:1])[0], SAMPLING)
     assert graphs
     assert list(model.state_dict()) == names
-    assert "forward" not in vars(model.base_model)
 
 
 @pytest.mark.slow

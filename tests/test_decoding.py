@@ -307,6 +307,33 @@ def test_single_tokens_pass_the_modules_by_and_no_completion_changes(
     assert 1 in widths
 
 
+def test_an_attention_of_somebody_elses_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        output, weights = sdpa_attention_forward(*args, **kwargs)
+        return output / 2, weights
+
+    model = tiny_model("llama")
+    with decoding_kernels(model, 16):
+        assert "forward" in vars(model.model)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "halved", halved)
+    model.config._attn_implementation = "halved"
+    with decoding_kernels(model, 16):
+        assert "forward" not in vars(model.model)
+    model.config._attn_implementation = "sdpa"
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", halved)
+    with decoding_kernels(model, 16):
+        assert "forward" not in vars(model.model)
+
+
+def test_a_body_that_somebody_patched_stays_patched() -> None:
+    model, calls = tiny_model("llama"), []
+    forward = model.model.forward
+    model.model.forward = own = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    rollout = generate(model)
+    assert len(calls) >= max(len(c.token_ids) for c in rollout.samples)
+    assert vars(model.model)["forward"] is own
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "adapter", "hook", "positions for a part of a head"])
 def test_other_models_are_left_their_modules(name: str) -> None:
     model = (

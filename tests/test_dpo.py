@@ -291,7 +291,8 @@ def test_preferences_are_learned_and_the_run_is_complete(
     assert np.mean([record["loss"] for record in steps]) == pytest.approx(metrics["loss"], rel=1e-5)
     assert metrics["eval/accuracy"] > 0.9
     assert metrics["eval/loss"] < 0.5
-    assert {path.name for path in out.iterdir()} == {"model", "metrics.jsonl", "config.yaml", "eval.json"}
+    left = {path.name for path in out.iterdir()}
+    assert left == {"model", "metrics.jsonl", "config.yaml", "eval.json", "checkpoints"}
     assert yaml.safe_load((out / "config.yaml").read_text())["beta"] == 0.1
     assert "pairs ranked right" in (out / "model" / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.use_cache
@@ -376,7 +377,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
 def test_run_that_diverges_is_stopped_without_a_model(base: str, data: Path, out: Path, capsys: Any) -> None:
     assert main(flags(base, data, out, learning_rate=1e30, max_grad_norm=0, max_steps=4)) == 2
     assert "nothing is learned from here on; set a smaller one." in capsys.readouterr().err
-    assert {path.name for path in out.iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints"}
 
 
 def test_run_that_fails_in_its_first_step_leaves_nothing(base: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

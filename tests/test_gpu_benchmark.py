@@ -185,8 +185,9 @@ def _parts(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_verdicts() -> None:
     verdicts = targets(_parts())
-    assert [own["met"] for own in verdicts] == [True, True, True, False, False]
-    assert [own["measured"] for own in verdicts[1:]] == [0.5, 0.46, 1.9, 1.16]
+    assert [own["met"] for own in verdicts] == [True, True, True, True, None, False, False]
+    assert [own["measured"] for own in verdicts[1:]] == [0.5, 0.46, 3.0, None, 1.9, 1.16]
+    assert "(best: llama-2-7b, 64 rows, embedded static)" in verdicts[1]["name"]
     assert verdicts[0]["measured"]["resident"] == {
         "remax": {"fits": True, "margin_bytes": 9e9},
         "ppo": {"fits": False, "margin_bytes": None},
@@ -197,13 +198,13 @@ def test_verdicts() -> None:
         train={"a": {"mfu": 0.44}},
         compare={"reinforce": {"ratio": 1.15}, "ppo, 4 epochs": {"ratio": 2.0}},
     )
-    assert [own["met"] for own in targets(other)] == [False, False, False, True, True]
+    assert [own["met"] for own in targets(other)] == [False, False, False, True, None, True, True]
 
 
 def test_without_a_measurement_there_is_no_verdict() -> None:
     skipped = _parts(memory={f"llama-2-7b, ppo, {p}, 80 GB": {"skipped": ""} for p in ("resident", "offload")})
     assert targets(skipped)[0] | {"name": "", "target": ""} == {"name": "", "target": "", "measured": None, "met": None}
-    assert [own["met"] for own in targets({})] == [None] * 5
+    assert [own["met"] for own in targets({})] == [None] * 7
 
 
 def test_every_result_is_on_disk_at_once(tmp_path: Path) -> None:

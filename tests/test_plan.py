@@ -223,6 +223,9 @@ def test_what_is_offloaded_counts_in_its_phase_alone() -> None:
         "reference": policy + frozen["reference"],
         "update": policy,
     }
+    without_model = {name: network for name, network in networks.items() if name != "reward"}
+    beside_functions = predict(without_model, args, STEP, Device("cuda"))
+    assert beside_functions["reward"].total == beside_functions["reference"].total > beside_functions["update"].weights
     on_cpu = predict(networks, args, STEP, Device("cpu"))
     assert on_cpu["rollout"].weights == on_cpu["update"].weights > policy
 

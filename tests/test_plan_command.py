@@ -155,7 +155,9 @@ def test_the_command_prints_tables_and_writes_strict_json(
 def test_functions_as_rewards_take_no_memory(seven: Path) -> None:
     plan = plan_of(seven, device_memory="80GB", reward_funcs=["any.py:function"])
     assert list(plan.parameters) == ["policy", "reference"]
-    assert plan.peaks["reward"].own == 0
+    assert plan.peaks["reward"].total == plan.peaks["reference"].total, "which runs beside them on a GPU"
+    without = plan_of(seven, device_memory="80GB", reward_funcs=["any.py:function"], args={"kl_mode": "none"})
+    assert without.peaks["reward"].own == 0
 
 
 @pytest.mark.parametrize(

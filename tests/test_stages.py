@@ -113,7 +113,8 @@ def test_reward_model_is_learned_measured_on_held_out_pairs_and_saved(lora: bool
     expected = {name.removeprefix("eval/"): value for name, value in metrics.items() if name != "loss"}
     assert json.loads((out / "eval.json").read_text()) == expected
     assert yaml.safe_load((out / "config.yaml").read_text())["max_steps"] == steps
-    assert {path.name for path in out.iterdir()} == {"model", "metrics.jsonl", "config.yaml", "eval.json"}
+    left = {path.name for path in out.iterdir()}
+    assert left == {"model", "metrics.jsonl", "config.yaml", "eval.json", "checkpoints"}
 
     saved, tokenizer = load_reward_model(str(out / "model"), flag="--m"), load_tokenizer(str(out / "model"), flag="--m")
     tokenised = tokenise_pairs(held_out, tokenizer, 96, flag="--eval_dataset")
@@ -271,7 +272,7 @@ def test_answer_and_its_end_are_learned_and_the_run_is_complete(base: str, out: 
     ids = tokenizer("say it: ", return_tensors="pt")["input_ids"]
     generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
     assert generated[0].tolist() == [BOS, *characters("say it: no"), EOS]
-    assert {path.name for path in out.iterdir()} == {"model", "metrics.jsonl", "config.yaml"}
+    assert {path.name for path in out.iterdir()} == {"model", "metrics.jsonl", "config.yaml", "checkpoints"}
     assert model.config.use_cache
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from remax.batching import collate
-from remax.errors import UserError
+from remax.errors import GuardStop, UserError
 from toy_tokenizers import BOS, EOS, PAD, toy_tokenizer
 from toy_training import PROMPTS, calm_policy, lively, make_trainer, policy, read, step_result, vowels, watch_gradients
 
@@ -282,14 +282,16 @@ def test_whatever_fails_in_the_first_step_leaves_an_existing_folder_as_it_was(tm
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "out")
+def test_a_gradient_that_is_not_finite_is_never_applied(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "out", max_skipped_steps=0)
     before = [p.detach().clone() for p in trainer.parts.policy.parameters()]
     trainer.parts.policy.lm_head.weight.register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(UserError, match=r"--learning_rate is 0.01 .*the gradient is not finite"):
+    with pytest.raises(
+        GuardStop, match=r"1 step skipped, .*: the policy's gradient is not finite; .*a lower --learning_rate"
+    ):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parts.policy.parameters(), strict=True))
-    assert not (tmp_path / "out").exists()
+    assert [line["skipped_steps"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [1]
 
 
 def test_a_trained_adapter_is_its_own_reference(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def policy(**overrides: Any) -> Any:
 def make_trainer(folder: Path, reward_funcs: Any = vowels, *, model: Any = None, rows: Any = None, **settings: Any):
     callbacks = settings.pop("callbacks", None)
     eval_dataset = settings.pop("eval_dataset", None)
+    gold_reward_funcs = settings.pop("gold_reward_funcs", None)
     defaults = {
         "output_dir": str(folder),
         "max_steps": 2,
@@ -62,6 +63,7 @@ def make_trainer(folder: Path, reward_funcs: Any = vowels, *, model: Any = None,
         processing_class=toy_tokenizer("<s> $A", bos_token="<s>"),
         callbacks=callbacks,
         view=Silent(),
+        gold_reward_funcs=gold_reward_funcs,
     )
 
 

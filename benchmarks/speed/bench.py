@@ -22,7 +22,7 @@ from benchmarks.speed.targets import targets
 from remax.compare.runner import hardware, versions
 from remax.recording import write_json
 
-OUTPUT = Path(__file__).resolve().parents[1] / "results" / "speed.json"
+OUTPUT = Path(__file__).resolve().parents[1] / "results" / "speed" / "results.json"
 TINY = Case("tinystories-260k", LIKE_TINYSTORIES, 32, 25, 48, rounds=9)
 LARGE = Case("llama-50m", FIFTY_MILLION, 8, 16, 32)
 FIXED = [TINY, LARGE]

@@ -7,24 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from remax.compare.measure import UNKNOWN_OPERATIONS, LiveTensors, _OneModule, num_bytes
 from remax.trainer import ReMaxTrainer
 
-COUNTED = UNKNOWN_OPERATIONS | {
-    torch.ops.aten.addmm_: lambda added, left, right, **_: 2 * left[0] * left[1] * right[1],
-}
-"""Operations that torch's counter does not know by itself; heads add up their gradients with the in-place one."""
-
 
 @contextlib.contextmanager
 def watch(report: dict[str, Any], live: LiveTensors | None = None) -> Iterator[None]:
     """Counts into the report: bytes of the tensors alive before, at the peak of what is done inside, and operations."""
     report["static_bytes"] = alive_bytes()
-    counter: Any = FlopCounterMode(display=False, custom_mapping=COUNTED)
+    counter: Any = FlopCounterMode(display=False, custom_mapping=UNKNOWN_OPERATIONS)
     counter.mod_tracker = _OneModule()
     live = live or LiveTensors()
     with live, counter:

@@ -17,7 +17,7 @@ from benchmarks.speed.process import content_reward
 from remax.trainer import ReMaxTrainer
 
 BASE = Case("base", Shape(256, 768, 4, 4, 2048), 16, 16, 48)
-WIDE = Case("wide", Shape(128, 384, 4, 2, 32_768), 16, 16, 48, rounds=2)
+WIDE = Case("wide", Shape(128, 384, 4, 2, 32_768), 16, 16, 48, micro_batch_tokens=512, rounds=2)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ from remax.interfaces import Prompt, RewardFunction, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer
 from remax.optimisers import check_optimiser
 from remax.placement import Placed
-from remax.rewards import CallableReward, RewardModel, require_chat_template, resolve_weights
+from remax.rewards import CallableReward, ProgrammedReward, RewardModel, require_chat_template, resolve_weights
+from remax.rewards.isolation import IsolatedReward
+from remax.rewards.named import wait_until_ready
 from remax.rollout.choice import make_engine
 
 NEUTRAL_GENERATION = {
@@ -93,6 +95,8 @@ def assemble(
         accelerator.device,
         conversational=_conversational(prompts),
         placement=args.reward_placement,
+        timeout_seconds=args.reward_timeout_seconds,
+        seed=args.seed,
     )
     policy = load_policy(model, args, peft_config).to(accelerator.device)
     check_context(policy, [*prompts, *eval_prompts], args.max_completion_length)
@@ -110,6 +114,7 @@ def assemble(
         prompts=prompts,
         eval_prompts=eval_prompts,
         model_name=model_name,
+        rollout_batch_size=args.rollout_batch_size,
     )
 
 
@@ -126,7 +131,13 @@ def assemble_evaluation(inputs: EvaluateInputs, reward_funcs: Any, args: Evaluat
     prompts = prompts[: args.num_eval_prompts]
     accelerator = make_accelerator(args.bf16)
     reward_functions = load_rewards(
-        rewards, None, args.reward_batch_size, accelerator.device, conversational=_conversational(prompts)
+        rewards,
+        None,
+        args.reward_batch_size,
+        accelerator.device,
+        conversational=_conversational(prompts),
+        timeout_seconds=args.reward_timeout_seconds,
+        seed=args.seed,
     )
     options = ModelOptions(dtype=args.dtype, attn_implementation=args.attn_implementation)
     policy = load_policy(inputs.model, options).to(accelerator.device)
@@ -147,6 +158,7 @@ def assemble_evaluation(inputs: EvaluateInputs, reward_funcs: Any, args: Evaluat
         prompts=[],
         eval_prompts=prompts,
         model_name=model_name,
+        rollout_batch_size=args.rollout_batch_size,
     )
 
 
@@ -172,6 +184,7 @@ def check_cheaply(
     for reward in rewards:
         if isinstance(reward, str):
             models.check_model_exists(reward, flag="--reward_model")
+    wait_until_ready(rewards)
     if isinstance(model, str):
         models.check_model_exists(model, flag="--model")
     model_name = model if isinstance(model, str) else _name_of(model)
@@ -258,8 +271,13 @@ def load_rewards(
     *,
     conversational: bool,
     placement: Placement = "resident",
+    timeout_seconds: float = 0.0,
+    seed: int = 0,
+    flag: str = "--reward_model",
 ) -> list[RewardFunction]:
     """Returns one RewardFunction per entry: a name or model becomes a RewardModel, a callable a CallableReward.
+
+    timeout_seconds: of a call of an async function. seed: of the random numbers of functions in their own processes.
 
     Raises:
         UserError: a reward model cannot be used; for conversational prompts, also if it has no chat template.
@@ -274,10 +292,10 @@ def load_rewards(
     for reward, tokenizer in zip(rewards, tokenizers, strict=True):
         if isinstance(reward, str | nn.Module):
             name = reward if isinstance(reward, str) else _name_of(reward)
-            tokenizer = tokenizer or models.load_tokenizer(name, flag="--reward_model")
+            tokenizer = tokenizer or models.load_tokenizer(name, flag=flag)
             if conversational:
-                require_chat_template(tokenizer, flag="--reward_model")
-            model = models.load_reward_model(reward, flag="--reward_model") if isinstance(reward, str) else reward
+                require_chat_template(tokenizer, flag=flag)
+            model = models.load_reward_model(reward, flag=flag) if isinstance(reward, str) else reward
             if getattr(model.config, "num_labels", 0) != 1 or hasattr(model, "lm_head"):
                 raise UserError(
                     f"reward_funcs has a {type(model).__name__}: that is no reward model, which has one label; pass a "
@@ -295,10 +313,12 @@ def load_rewards(
                     own=isinstance(reward, str),
                 )
             )
-        elif isinstance(reward, CallableReward | RewardModel):
+        elif isinstance(reward, ProgrammedReward | RewardModel):
+            if isinstance(reward, IsolatedReward):
+                reward.seed = seed
             loaded.append(reward)
         else:
-            loaded.append(CallableReward(reward))
+            loaded.append(CallableReward(reward, timeout_seconds=timeout_seconds))
     return loaded
 
 

@@ -18,14 +18,12 @@ class Batch:
     """Prompts with their completions, padded on the right.
 
     Padding on the right keeps every position id what it is without padding, and no token of a causal model sees what
-    follows it, so nothing depends on which id the padding has. (The attention mask is for models that count positions
-    by it.)
+    follows it, so nothing depends on which id the padding has, and no model needs an attention mask. With one, attention
+    would take a slower kernel, and repeat the keys of grouped heads.
     """
 
     input_ids: Tensor
     """[B, L] prompt, completion, padding."""
-    attention_mask: Tensor
-    """[B, L] True at prompt and completion."""
     target_mask: Tensor
     """[B, L - 1] True where the next token belongs to the completion; N True in all."""
     completion_mask: Tensor
@@ -54,7 +52,6 @@ def collate(completions: Sequence[Completion], pad_token_id: int, device: torch.
     positions = torch.arange(length)
     batch = Batch(
         input_ids,
-        positions < starts + counts,
         (positions[1:] >= starts) & (positions[1:] < starts + counts),
         torch.arange(max(completion_lengths)) < counts,
     )

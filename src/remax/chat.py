@@ -9,7 +9,7 @@ from remax import data, models
 from remax.assembly import load_policy, make_accelerator
 from remax.config import ChatConfig, ModelOptions
 from remax.errors import UserError
-from remax.progress import printable
+from remax.untrusted import printable, shown
 
 HELP = "Type a message and Enter; /new starts a new conversation, an empty line or Ctrl-D ends."
 
@@ -32,8 +32,8 @@ def chat(model: str, args: ChatConfig) -> None:
     limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     if args.system_prompt and not tokenizer.chat_template:
         raise UserError(
-            f"--system_prompt is set, but {model} has no chat template: it continues texts and would never see it; "
-            "leave it out."
+            f"--system_prompt is set, but {shown(model)} has no chat template: it continues texts and would never see "
+            "it; leave it out."
         )
     policy.generation_config = GenerationConfig()  # the flags alone decide, not what the checkpoint recommends
     torch.manual_seed(args.seed)
@@ -59,10 +59,13 @@ def chat(model: str, args: ChatConfig) -> None:
 
 def _read() -> str:
     try:
-        return input("> ").strip()
+        # Half a character, which no tokenizer takes, becomes a question mark.
+        return input("> ").strip().encode(errors="replace").decode()
     except EOFError:
         print()
         return ""
+    except UnicodeDecodeError:
+        raise UserError("what was typed is not UTF-8: it cannot be read; set the terminal to UTF-8.") from None
 
 
 def _too_long(inputs: Any, args: ChatConfig, limit: int) -> bool:

@@ -1,6 +1,7 @@
 """The command line: `remax COMMAND --flags`, or the same settings from a YAML file.
 
-Exit codes: 0 on success, 2 on a user's mistake (one sentence, no traceback), 130 on Ctrl-C.
+Exit codes: 0 on success, 2 on a user's mistake (one sentence, no traceback), 3 if a guard stopped a training, 130 on
+Ctrl-C, 143 on SIGTERM. A training that a guard or a signal stopped has saved its state.
 """
 
 import difflib
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from remax.commands import COMMANDS
-from remax.errors import UserError
+from remax.errors import GuardStop, Interrupted, UserError
 from remax.flags import parse
 
 
@@ -21,6 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"remax: {error}", file=sys.stderr)
         return 2
+    except GuardStop as stop:
+        print(f"remax: {stop}", file=sys.stderr)
+        return 3
+    except Interrupted as interruption:
+        print(f"remax: {interruption}", file=sys.stderr)
+        return interruption.exit_code
     except KeyboardInterrupt:
         print("remax: interrupted.", file=sys.stderr)
         return 130
@@ -39,14 +46,15 @@ def _dispatch(arguments: list[str]) -> None:
         raise UserError(f"remax has no command {name}: nothing was run; {hint}.")
     else:
         command = COMMANDS[name]
-        settings = parse(f"remax {name}", command.summary, command.settings, arguments[1:], example=command.example)
+        flags = command.flags(arguments[1:])
+        settings = parse(f"remax {name}", command.summary, command.settings, flags, example=command.example)
         if settings is not None:
             command.run(*settings)
 
 
 def _overview() -> str:
     lines = ["usage: remax COMMAND [--flags] [--config run.yaml]", "", "Align language models with ReMax.", ""]
-    lines += [f"  {name:10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:12} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "remax COMMAND --help lists all settings of a command."])
 
 

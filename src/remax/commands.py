@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,34 +20,49 @@ class Command:
     settings: tuple[type[Options], ...]
     run: Callable[..., None]
     """Called with one instance of every settings class."""
+    positional: str | None = None
+    """The flag whose value may stand first, without it."""
+
+    def flags(self, arguments: Sequence[str]) -> list[str]:
+        """Returns the arguments with the flag that may be left out."""
+        if self.positional and arguments and not arguments[0].startswith("-"):
+            return [f"--{self.positional}", *arguments]
+        return list(arguments)
 
 
 def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig) -> None:
     """`remax train`"""
     from remax.recording import RunFolder
 
-    RunFolder(args.output_dir)  # A folder that is taken is found before the imports that take seconds.
-    rewards = _rewards(inputs)
+    # A folder that is taken is found before the imports that take seconds.
+    RunFolder(args.output_dir, resumes=args.resume != "none")
+    rewards = _rewards(inputs, args)
 
+    from remax.doctor import quick_warnings
+    from remax.rewards.named import named_gold_rewards
     from remax.trainer import ReMaxTrainer
 
+    for line in quick_warnings(inputs, args):
+        print(line)
     trainer = ReMaxTrainer(
         inputs.model,
         rewards,
         args,
         train_dataset=inputs.train_dataset,
         eval_dataset=inputs.eval_dataset,
+        gold_reward_funcs=named_gold_rewards(inputs, args.reward_timeout_seconds),
         run_config={**dataclasses.asdict(inputs), **dataclasses.asdict(args)},
     )
     trainer.train()
     print(f"The trained model is in {trainer.folder.model}.")
 
 
-def _rewards(inputs: config.TrainInputs | config.EvaluateInputs | config.LabInputs) -> list[Any]:
-    from remax.rewards.functions import load_reward_function
+def _rewards(
+    inputs: config.TrainInputs | config.EvaluateInputs | config.LabInputs, args: config.ScoringOptions
+) -> list[Any]:
+    from remax.rewards.named import named_rewards
 
-    names: list[Any] = [inputs.reward_model] if inputs.reward_model else []
-    return names + [load_reward_function(spec) for spec in inputs.reward_funcs]
+    return named_rewards(inputs, args.reward_timeout_seconds)
 
 
 def run_sft(inputs: config.StageInputs, args: config.SFTConfig) -> None:
@@ -80,7 +95,7 @@ def _run_stage(
     from remax.models import check_model_exists
     from remax.recording import RunFolder
 
-    RunFolder(args.output_dir)
+    RunFolder(args.output_dir, resumes=args.resume != "none")
     check_model_exists(inputs.model, flag="--model")
     train_dataset = load_records(inputs.train_dataset, args.dataset_split, flag="--train_dataset")
     eval_dataset = inputs.eval_dataset and load_records(inputs.eval_dataset, args.eval_split, flag="--eval_dataset")
@@ -93,7 +108,7 @@ def run_evaluate(inputs: config.EvaluateInputs, args: config.EvaluateConfig) -> 
     from remax.recording import RunFolder
 
     folder = RunFolder(args.output_dir) if args.output_dir else None
-    rewards = _rewards(inputs)
+    rewards = _rewards(inputs, args)
 
     from remax.evaluate import evaluate_checkpoint
 
@@ -105,7 +120,7 @@ def run_lab(inputs: config.LabInputs, args: config.LabConfig) -> None:
     from remax.recording import RunFolder
 
     folder = RunFolder(args.output_dir)
-    rewards = _rewards(inputs)
+    rewards = _rewards(inputs, args)
 
     from remax.lab.experiment import run_lab
 
@@ -133,6 +148,49 @@ def run_plan(inputs: config.PlanInputs, args: config.PlanConfig) -> None:
     from remax.plan.command import run_plan
 
     run_plan(inputs, args)
+
+
+def run_doctor(inputs: config.TrainInputs, options: config.DoctorOptions, args: config.ReMaxConfig) -> None:
+    """`remax doctor`"""
+    # What a training imports: on a CPU, the size of this process is where its memory starts.
+    import remax.trainer  # noqa: F401
+    from remax.doctor.command import run_doctor
+
+    findings = run_doctor(inputs, args, options, load_rewards=lambda: _rewards(inputs, args))
+    if any(finding.status == "fail" for finding in findings):
+        raise SystemExit(2)  # The table has said it all.
+
+
+def run_serve_reward(inputs: config.ServeInputs, args: config.ServeConfig) -> None:
+    """`remax serve-reward`"""
+    from remax.rewards import resolve_weights
+    from remax.rewards.named import named_function, wait_until_ready
+    from remax.rewards.server import RewardServer, scorer, serve
+
+    rewards: list[Any] = [inputs.model] if inputs.model else []
+    rewards += [named_function(spec, args.reward_timeout_seconds) for spec in inputs.reward_funcs]
+    weights = resolve_weights(args.reward_weights, len(rewards))
+    functions: list[Any] = []
+    # It listens before the imports that take seconds: a port that is taken is found early, and clients may wait.
+    server = RewardServer(scorer(functions, weights), args.host, args.port)
+
+    if inputs.model:
+        from remax.assembly import load_rewards, make_accelerator
+        from remax.models import check_model_exists
+
+        check_model_exists(inputs.model, flag="--model")
+        device = make_accelerator(False).device
+        rewards = load_rewards(rewards, None, args.reward_batch_size, device, conversational=False, flag="--model")
+    wait_until_ready(rewards)
+    functions += rewards
+    serve(server)
+
+
+def run_replay(args: config.ReplayConfig) -> None:
+    """`remax replay`"""
+    from remax.guards.replay import run_replay
+
+    run_replay(args)
 
 
 def run_demo(args: DemoConfig) -> None:
@@ -191,11 +249,31 @@ COMMANDS = {
         (config.LabInputs, config.LabConfig),
         run_lab,
     ),
+    "serve-reward": Command(
+        "Serve a reward model, or reward functions, to trainings with --reward_url.",
+        "MODEL [--reward_funcs FILE.py:FUNCTION] [--port 8000] [settings]",
+        (config.ServeInputs, config.ServeConfig),
+        run_serve_reward,
+        positional="model",
+    ),
     "chat": Command(
         "Talk to a checkpoint in the terminal.",
         "--model M [settings]",
         (config.ChatInputs, config.ChatConfig),
         run_chat,
+    ),
+    "doctor": Command(
+        "Check a training's set-up before hours are spent: tokenizer, data, rewards, a small rollout, disk, memory.",
+        "--model M --reward_model R --train_dataset FILE [--pairs FILE] [settings]",
+        (config.TrainInputs, config.DoctorOptions, config.ReMaxConfig),
+        run_doctor,
+    ),
+    "replay": Command(
+        "Take a skipped update apart: which rows, tokens and weights are not finite.",
+        "OUT/dumps/step-000007 [--model M]",
+        (config.ReplayConfig,),
+        run_replay,
+        positional="dump",
     ),
     "demo": Command(
         "Run the whole pipeline on a small world of stories, offline, in about two minutes.",

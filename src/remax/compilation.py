@@ -1,10 +1,35 @@
-"""What torch.compile needs of a machine."""
+"""torch.compile for the pass that is differentiated, and what it needs of a machine."""
 
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remax.errors import UserError
+
+
+def compile_layers(model: Any) -> None:
+    """Lets the model's layers run compiled code when they are to be differentiated; it is made at their first run.
+
+    Layers, not the whole model: all share one graph, and what is around them decides without tracing whether attention
+    needs a mask. A rollout, which has a cache and no gradients, runs the layers as they are; saving notices nothing.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = _compiled_where_differentiated(layer.forward)
+
+
+def _compiled_where_differentiated(forward: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(forward)
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return chosen
 
 
 def check_compiler(setting: str, *, instead: str) -> None:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 from remax import data, precision
 from remax.batching import collate, split_by_tokens
 from remax.config import ReMaxConfig
-from remax.errors import UserError
+from remax.errors import GuardStop, UserError
+from remax.guards.memory import MemoryGuard
 from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer, untruncated
 from remax.placement import Placed
-from remax.rewards import CallableReward, RewardModel, score
+from remax.rewards import ProgrammedReward, RewardModel, score
 
 
 class Rewards(NamedTuple):
@@ -31,7 +32,8 @@ class Rewards(NamedTuple):
     sampled_by_function: dict[str, Tensor]
     """Each function's own r(x, y), unweighted, [S]."""
     metrics: dict[str, float]
-    """What reward functions logged with log_metric."""
+    """What reward functions logged with log_metric, and rewards/{name}/missing_fraction: the completions, greedy ones
+    included, for which a function failed."""
     columns: dict[str, list[Any]]
     """What they logged with log_extra, one value per sampled row."""
 
@@ -54,6 +56,12 @@ class Components:
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
     model_name: str
+    rollout_batch_size: int = 0
+    """Most rows that the engine decodes at once, as set; 0 for all."""
+    gold_functions: list[RewardFunction] = field(default_factory=list)
+    """Rewards that judge evaluations and that training never sees."""
+    memory: MemoryGuard = field(default_factory=MemoryGuard)
+    """Does the work of all that follows again in smaller pieces where memory does not suffice."""
 
     def hold_frozen_in_bfloat16(self) -> None:
         """Halves what frozen weights take; for a run under bfloat16 autocast, which uses them in bfloat16 anyway.
@@ -72,18 +80,39 @@ class Components:
         self, prompts: Sequence[Prompt], *, num_samples: int, greedy: bool | Sequence[bool], seed: int, step: int
     ) -> Rollout:
         """Returns samples y ~ pi(.|x) and, where asked for, greedy completions y*, with their texts."""
-        with self.accelerator.autocast():
-            rollout = self.engine.generate(
-                prompts, self.sampling, num_samples=num_samples, greedy=greedy, seed=seed, step=step
-            )
+        # The engine keeps the rows of a prompt together, and by itself to --rollout_batch_size.
+        rows_of_prompt = num_samples + (greedy if isinstance(greedy, bool) else any(greedy))
+        whole = len(prompts) * rows_of_prompt
+        as_set = min(self.rollout_batch_size or whole, whole)
+
+        def draw(max_rows: int) -> Rollout:
+            size = len(prompts) if max_rows == as_set else max(1, max_rows // rows_of_prompt)
+            chunks = [slice(start, start + size) for start in range(0, len(prompts), size)]
+            with self.accelerator.autocast():
+                drawn = [
+                    self.engine.generate(
+                        prompts[chunk],
+                        self.sampling,
+                        num_samples=num_samples,
+                        greedy=greedy if isinstance(greedy, bool) else greedy[chunk],
+                        seed=seed,
+                        step=step,
+                    )
+                    for chunk in chunks
+                ]
+            return Rollout([c for own in drawn for c in own.samples], [c for own in drawn for c in own.greedy])
+
+        rollout = self.memory.run("rollout_batch_size", as_set, draw, whole=whole, smallest=rows_of_prompt)
         data.decode_completions(self.tokenizer, _rows(rollout))
         return rollout
 
     def score(self, rollout: Rollout) -> Rewards:
         """Returns the rewards of all samples and greedy completions, from one call of every reward function."""
         rows = _rows(rollout)
-        scores = score(self.reward_functions, self.reward_weights, rows)
-        columns = {name: values for f in self._callables() for name, values in f.pop_extra().items()}
+        for function in self._programmed():
+            function.last_failure = ""
+        scores = score(list(map(self._within_memory, self.reward_functions)), self.reward_weights, rows)
+        columns = {name: values for f in self._programmed() for name, values in f.pop_extra().items()}
         for name, values in columns.items():
             if len(values) != len(rows):
                 raise UserError(
@@ -92,12 +121,42 @@ class Components:
                 )
         num_samples = len(rollout.samples)
         total = torch.tensor(scores.total)
+        metrics = {name: value for f in self._programmed() for name, value in f.pop_metrics().items()}
+        for name, number in scores.num_failed.items():
+            metrics[f"rewards/{name}/missing_fraction"] = number / len(rows)
         return Rewards(
             total[:num_samples],
             total[num_samples:],
             {name: torch.tensor(values[:num_samples]) for name, values in scores.by_function.items()},
-            {name: value for f in self._callables() for name, value in f.pop_metrics().items()},
+            metrics,
             {name: values[:num_samples] for name, values in columns.items()},
+        )
+
+    def judge(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Returns the gold rewards of samples, [S], and greedy completions, [G]: added up, NaN where missing."""
+        functions = list(map(self._within_memory, self.gold_functions))
+        total = torch.tensor(score(functions, [1.0] * len(functions), _rows(rollout)).total)
+        return total[: len(rollout.samples)], total[len(rollout.samples) :]
+
+    def _within_memory(self, function: RewardFunction) -> RewardFunction:
+        return _WithinMemory(function, self.memory) if isinstance(function, RewardModel) else function
+
+    def require_rewards(self, rewards: Rewards, max_missing: float, *, first: bool) -> None:
+        """Stops a step of which too much has no reward; before anything was learned from it, so that it can be redone.
+
+        first: of the run; that nothing at all has a reward is then a mistake of the user's, which the trainer tells.
+
+        Raises:
+            GuardStop: more than the fraction max_missing of the completions, greedy ones included, has no reward.
+        """
+        missing = torch.cat([rewards.sampled, rewards.greedy]).isnan()
+        if missing.float().mean() <= max_missing or (first and missing.all()):
+            return
+        reasons = [f.last_failure for f in self._programmed() if f.last_failure]
+        raise GuardStop(
+            f"{int(missing.sum())} of the step's {len(missing)} completions have no reward, more than "
+            f"--max_missing_rewards {max_missing:g} allows ({'; '.join(reasons) or 'the rewards gave no number'}); see "
+            "to that and go on, or allow more."
         )
 
     def begin_reference(self, rollout: Rollout, args: ReMaxConfig) -> Callable[[], list[Tensor] | None]:
@@ -122,7 +181,7 @@ class Components:
     @property
     def overlaps(self) -> bool:
         """Whether the reference runs while reward functions do; a reward model would only share the GPU with it."""
-        return self.accelerator.device.type == "cuda" and len(self._callables()) == len(self.reward_functions)
+        return self.accelerator.device.type == "cuda" and len(self._programmed()) == len(self.reward_functions)
 
     def reference_logprobs(self, completions: Sequence[Completion], max_tokens: int) -> list[Tensor]:
         """Returns the log-probabilities of every completion's tokens under the reference, [T] each, on the device.
@@ -143,22 +202,47 @@ class Components:
         """
         logprobs: list[Tensor] = [torch.empty(0)] * len(completions)
         lengths = [len(c.prompt.token_ids) + len(c.token_ids) for c in completions]
-        for rows in split_by_tokens(lengths, max_tokens):
-            batch = collate([completions[row] for row in rows], self.tokenizer.pad_token_id, self.accelerator.device)
-            with self.accelerator.autocast():
-                padded = scorer.logprobs(batch, sampling)
-            for row, values in zip(rows, padded, strict=True):
-                logprobs[row] = values[: len(completions[row].token_ids)]
-        return logprobs
+
+        def score_in_passes(size: int) -> list[Tensor]:
+            for rows in split_by_tokens(lengths, size):
+                batch = collate(
+                    [completions[row] for row in rows], self.tokenizer.pad_token_id, self.accelerator.device
+                )
+                with self.accelerator.autocast():
+                    padded = scorer.logprobs(batch, sampling)
+                for row, values in zip(rows, padded, strict=True):
+                    logprobs[row] = values[: len(completions[row].token_ids)]
+            return logprobs
+
+        longest = max(lengths, default=0)
+        return self.memory.run(
+            "micro_batch_tokens", max_tokens, score_in_passes, whole=longest * len(lengths), smallest=longest
+        )
 
     def show_state(self, state: Any) -> None:
         """Lets reward functions see the trainer's state, as their argument trainer_state."""
-        for function in self._callables():
+        for function in self._programmed():
             function.trainer_state = state
 
-    def _callables(self) -> list[CallableReward]:
-        return [function for function in self.reward_functions if isinstance(function, CallableReward)]
+    def _programmed(self) -> list[ProgrammedReward]:
+        return [function for function in self.reward_functions if isinstance(function, ProgrammedReward)]
 
 
 def _rows(rollout: Rollout) -> list[Completion]:
     return [*rollout.samples, *rollout.greedy]
+
+
+class _WithinMemory:
+    """A reward model whose batches are halved where memory does not suffice."""
+
+    def __init__(self, function: RewardModel, memory: MemoryGuard) -> None:
+        self.function, self.memory, self.name = function, memory, function.name
+
+    def __call__(self, completions: Sequence[Completion]) -> list[float | None]:
+        def scored(batch_size: int) -> list[float | None]:
+            self.function.batch_size = batch_size
+            return self.function(completions)
+
+        return self.memory.run(
+            "reward_batch_size", self.function.batch_size, scored, whole=len(completions), smallest=1
+        )

@@ -27,9 +27,7 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns V(x, y_<t), [B, T], float32, 0 outside the completions."""
-        states = self.body(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
-        ).last_hidden_state
+        states = self.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # No mask: see Batch.
         chosen = states[:, :-1][batch.target_mask]
         with torch.autocast(chosen.device.type, enabled=False):
             values: Tensor = self.head(chosen.to(self.head.weight.dtype)).squeeze(-1)

@@ -10,15 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from remax import data
-from remax.assembly import assemble_evaluation
+from remax import data, models
+from remax.assembly import assemble_evaluation, load_rewards
 from remax.components import Components, Rewards
 from remax.config import EvaluateConfig, EvaluateInputs
-from remax.interfaces import Completion, Prompt, Rollout, Sampling
+from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, Sampling
 from remax.logprobs import CompletionScorer
 from remax.metrics import Credit, StepRecord, completion_records
 from remax.recording import RunFolder
+from remax.rewards.named import wait_until_ready
 
 Floats = NDArray[np.float64]
 
@@ -37,6 +39,8 @@ class Evaluation:
     rewards: Rewards
     values: Mapping[str, Floats]
     """By metric name, [prompts]; NaN where a reward is missing."""
+    gold: Tensor | None = None
+    """[S] gold rewards of the samples; None without a gold reward."""
 
     def means(self) -> dict[str, float]:
         """Returns the mean of every measurement over the prompts that have it."""
@@ -73,6 +77,10 @@ def evaluate_policy(
     values = {"reward": per_prompt(rewards.sampled), "reward/greedy": per_prompt(rewards.greedy)}
     for name, own in rewards.sampled_by_function.items():
         values[f"rewards/{name}/mean"] = per_prompt(own)
+    gold = None
+    if parts.gold_functions:
+        gold, gold_of_greedy = parts.judge(rollout)
+        values |= {"gold": per_prompt(gold), "gold/greedy": per_prompt(gold_of_greedy)}
     if parts.reference is not None:
         reference = [float(logprobs.sum()) for logprobs in parts.reference_logprobs(rollout.samples, max_tokens)]
         values["kl"] = per_prompt([sum(c.logprobs) for c in rollout.samples]) - per_prompt(reference)
@@ -81,7 +89,23 @@ def evaluate_policy(
     values["completions/mean_length"] = per_prompt([len(c.token_ids) for c in rollout.samples])
     values["completions/greedy_mean_length"] = per_prompt([len(c.token_ids) for c in rollout.greedy])
     values["completions/clipped_ratio"] = per_prompt([c.truncated for c in rollout.samples])
-    return Evaluation(rollout, rewards, values)
+    return Evaluation(rollout, rewards, values, gold)
+
+
+def check_gold(gold: Sequence[Any]) -> None:
+    """Raises UserError if a model or a function cannot be a gold reward; reads no weights."""
+    for name in gold:
+        if isinstance(name, str):
+            models.check_model_exists(name, flag="--gold_reward_model")
+            models.require_reward_model(name, flag="--gold_reward_model")
+    wait_until_ready(gold)
+
+
+def load_gold(gold: Sequence[Any], parts: Components, batch_size: int) -> list[RewardFunction]:
+    """Returns the gold rewards; between evaluations models rest on the CPU, so that they take no memory of training."""
+    conversational = not isinstance(parts.eval_prompts[0].content, str)
+    device = parts.accelerator.device
+    return load_rewards(gold, None, batch_size, device, conversational=conversational, placement="offload")
 
 
 def perplexity(totals: Sequence[float], lengths: Sequence[int]) -> tuple[float, tuple[float, float]]:
@@ -140,6 +164,8 @@ def evaluate_checkpoint(
         totals = [float(own.sum()) for own in logprobs]
         value, interval = perplexity(totals, [len(c.token_ids) for c in references])
         results["perplexity"] = {"mean": value, "interval": interval}
+    for news in parts.memory.news:
+        print(f"{news['message']}.")
     _print_table(inputs.model, results, len(parts.eval_prompts))
     if folder is not None:
         folder.create({**dataclasses.asdict(inputs), **dataclasses.asdict(args)})

@@ -1,6 +1,8 @@
 """From flags and YAML to settings, on jsonargparse; what it says of mistakes becomes one sentence of ours."""
 
 import difflib
+import functools
+import itertools
 import json
 import re
 import types
@@ -13,7 +15,11 @@ import yaml
 
 from remax.errors import UserError
 from remax.options import Options, nearest
+from remax.untrusted import shown
 
+MAX_YAML_DEPTH, MAX_YAML_ITEMS = 20, 100_000
+"""What a file of settings may hold at most; a few lines with aliases can spell a value of any size, or an endless one.
+"""
 OWN_FLAGS = ("config", "print_config", "help")
 
 
@@ -28,7 +34,6 @@ def parse(
     Raises:
         UserError: an unknown flag or setting, a missing or unreadable value, a setting that cannot be.
     """
-    import docstring_parser
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
@@ -40,7 +45,7 @@ def parse(
         cls_hints = get_type_hints(cls)
         for group, group_fields in _grouped(cls).items():
             section = parser.add_argument_group((group.__doc__ or "").rstrip("."))
-            docs = {p.arg_name: p.description for p in docstring_parser.parse_from_object(group).params}
+            docs = _docs(group)
             for field in group_fields:
                 hints[field.name] = cls_hints[field.name]
                 section.add_argument(
@@ -54,6 +59,14 @@ def parse(
         return None
     values = namespace.as_dict()
     return [cls(**{field.name: values[field.name] for field in fields(cls)}) for cls in settings]  # type: ignore[arg-type]
+
+
+@functools.cache
+def _docs(group: type) -> dict[str, str | None]:
+    """Returns the string beneath every field of a group."""
+    import docstring_parser
+
+    return {p.arg_name: p.description for p in docstring_parser.parse_from_object(group).params}
 
 
 def _grouped(cls: type[Options]) -> "dict[type, list[Field[Any]]]":
@@ -83,10 +96,12 @@ def _normalised(prog: str, arguments: Sequence[str], hints: dict[str, Any]) -> l
         if token in ("-h", "--help"):
             return ["--help"]
         if not token.startswith("--"):
-            raise UserError(f"{token} is no flag: it would be ignored; put it behind the flag that it belongs to.")
+            raise UserError(
+                f"{shown(token)} is no flag: it would be ignored; put it behind the flag that it belongs to."
+            )
         name, equals, value = token[2:].partition("=")
         if name.replace("-", "_") not in (*hints, *OWN_FLAGS):
-            raise UserError(f"{prog} has no flag --{name}: nothing was run; {nearest(name, list(hints))}.")
+            raise UserError(f"{prog} has no flag --{shown(name)}: nothing was run; {nearest(name, list(hints))}.")
         name = name.replace("-", "_")
         following = []
         while not equals and rest and not rest[0].startswith("--"):
@@ -105,54 +120,79 @@ def _normalised(prog: str, arguments: Sequence[str], hints: dict[str, Any]) -> l
         elif given or hints.get(name) is bool:
             if name == "config":
                 _check_yaml(prog, given[0], hints)
+            if get_origin(hints.get(name)) is dict:
+                _yaml(name, given[0])
             result.append(f"--{name}={given[0] if given else 'true'}")
         else:
             advice = f"set {_description(hints.get(name))}, as --{name}=VALUE if it starts with --"
             raise UserError(f"--{name} has no value: nothing was run; {advice}.")
     for name, items in lists.items():
         numbers = get_args(hints[name])[0] in (int, float)
-        values = [_yaml(name, item) for item in items] if numbers else items
+        spelled = [_yaml(name, item) if numbers else item for item in items]
+        values = [v if isinstance(v, int | float) else item for v, item in zip(spelled, items, strict=True)]
         result.append(f"--{name}={json.dumps(values)}")
     return result
 
 
 def _yaml(name: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--{name} is {text}: that cannot be read; set values with spaces between them.") from None
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        value = None
+    if value is None or _is_endless(value):
+        raise UserError(f"--{name} is {shown(text)}: that cannot be read; set values with spaces between them.")
+    return value
 
 
 def _check_yaml(prog: str, path: str, hints: dict[str, Any]) -> None:
-    if not Path(path).is_file():
-        raise UserError(f"--config is {path}: there is no such file; set the path of a YAML file.")
+    named = f"--config is {shown(path)}"
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        is_file = Path(path).is_file()
+        text = Path(path).read_text(encoding="utf-8") if is_file else ""
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{named}: it cannot be read ({error.strerror}); set the path of a YAML file.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config is {path}: it is not valid YAML{where}; correct it, or set another file.") from None
+        raise UserError(f"{named}: it is not valid YAML{where}; correct it, or set another file.") from None
+    if not is_file:
+        raise UserError(f"{named}: there is no such file; set the path of a YAML file.")
     if not isinstance(content, dict):
-        raise UserError(f"--config is {path}: it holds no settings; write them as `name: value`, one a line.")
+        raise UserError(f"{named}: it holds no settings; write them as `name: value`, one a line.")
+    if _is_endless(content):
+        raise UserError(f"{named}: its values are nested too deeply, or too many; write plain settings.")
     for name in content:
         if name not in hints:
-            advice = nearest(str(name), list(hints))
-            raise UserError(
-                f"--config {path} sets {name}: {prog} has no such setting and it would be ignored; {advice}."
-            )
+            advice = nearest(shown(name), list(hints))
+            raise UserError(f"{named}: {prog} has no setting {shown(name)} and would ignore it; {advice}.")
+
+
+def _is_endless(content: Any) -> bool:
+    """Whether a value is too large or too deep to be copied, or holds itself."""
+    level = [content]
+    num_items = 0
+    for _ in range(MAX_YAML_DEPTH):
+        num_items += len(level)
+        if not level or num_items > MAX_YAML_ITEMS:
+            break
+        children = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = list(itertools.islice(itertools.chain.from_iterable(children), MAX_YAML_ITEMS + 1))
+    return bool(level)
 
 
 def _one_sentence(message: str, hints: dict[str, Any]) -> str:
     """Returns our sentence for a message of jsonargparse."""
     missing = re.search(r"arguments are required: (.*)", message)
     if missing:
-        flags = " and ".join(f"--{name.strip()}" for name in missing.group(1).split(","))
+        flags = " and ".join(f"--{shown(name)}" for name in missing.group(1).split(","))
         return f"{flags} must be set: the command cannot start without; see --help."
     wrong = re.search(r'Parser key "([^"]+)".*Got value: (.*)', message, re.DOTALL)
     if wrong:
         name, value = wrong.group(1).split(".")[0], wrong.group(2).strip()
-        return f"--{name} is {value}: that is not {_description(hints[name])}; {_advice(value, hints[name])}."
-    return " ".join(message.split())
+        hint = hints.get(name)
+        return f"--{name} is {shown(value)}: that is not {_description(hint)}; {_advice(value, hint)}."
+    return f"the settings cannot be read ({shown(message, 300).rstrip('.')}): nothing was run; see --help."
 
 
 def _description(hint: Any) -> str:
@@ -170,7 +210,7 @@ def _description(hint: Any) -> str:
 
 def _advice(value: str, hint: Any) -> str:
     if get_origin(hint) is Literal:
-        close = difflib.get_close_matches(value, [str(choice) for choice in get_args(hint)], n=1)
+        close = difflib.get_close_matches(shown(value), [str(choice) for choice in get_args(hint)], n=1)
         if close:
             return f"did you mean {close[0]}"
     return "see --help"

@@ -1,6 +1,7 @@
 """A network that is trained: its weights, their optimiser and their schedule."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import get_scheduler
 
 from remax.config import OptimiserOptions
 from remax.errors import UserError
+from remax.guards.finite import NotFinite
+from remax.guards.memory import is_out_of_memory
 from remax.optimisers import make_optimizer
 
 
@@ -22,9 +25,11 @@ class Learner:
     ) -> None:
         """Takes the optimiser's settings, the length of the schedule in training steps and the rate's flag, for
         errors."""
+        # torch takes a first step that was skipped for a schedule that is called in the wrong order.
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
         self.trainable = [p for p in network.parameters() if p.requires_grad]
         self.max_grad_norm = args.max_grad_norm or math.inf
-        self.rate_flag = rate_flag
+        self.rate_flag, self.optim = rate_flag, args.optim
         optimizer = make_optimizer(network, args)
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -49,21 +54,37 @@ class Learner:
         any the step is that of a loss of zero: momentum and weight decay go on.
 
         Raises:
-            UserError: the gradient is not finite; the weights are as they were.
+            NotFinite: the loss or its gradient is not finite; the weights and the optimiser are as they were.
+            UserError: memory does not suffice for the optimiser's step.
+
+        Whatever is raised, no gradient is left over: the same update can be taken again.
         """
-        for loss in losses:
-            self.accelerator.backward(loss)
-        self._zero_missing_gradients()
-        norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
-        if not math.isfinite(norm):
+        try:
+            total = torch.zeros((), device=self.accelerator.device)
+            for loss in losses:
+                self.accelerator.backward(loss)
+                total += loss.detach()
+            self._zero_missing_gradients()
+            norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
+            loss_is_finite = math.isfinite(float(total))
+            if not (loss_is_finite and math.isfinite(norm)):
+                raise NotFinite("gradient" if loss_is_finite else "loss")
+            self._step()
+        finally:
             self.optimizer.zero_grad()
-            raise UserError(
-                f"--{self.rate_flag} is {self.learning_rate:.3g} at this step: the gradient is not finite, and a step "
-                "with it would destroy the weights; set a lower rate, or more --warmup_steps."
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return norm
+
+    def _step(self) -> None:
+        """Takes the optimiser's step. Out of memory, it cannot be taken again: some weights may have moved already."""
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"--optim is {self.optim}: memory does not suffice for its step, which takes the same for every batch; "
+                "set a smaller one, such as adamw_torch_8bit, or --use_peft (`remax plan` shows what would fit)."
+            ) from error
 
     def _zero_missing_gradients(self) -> None:
         """Gives every weight a gradient if there is none at all: an optimiser leaves out weights that have none."""

@@ -59,19 +59,15 @@ class TokenStatistics(NamedTuple):
 class CompletionScorer(nn.Module):
     """A causal language model as a function from completions to the log-probabilities of their tokens.
 
-    Hidden states are gathered at the completions before the language-model head, and the head runs over chunks that
-    the backward pass recomputes: no tensor has the size of all completion tokens times the vocabulary.
+    Hidden states are gathered at the completions before the language-model head, and the head runs over chunks that, if
+    they are several, the backward pass computes again: no tensor has the size of all completion tokens times the
+    vocabulary.
     """
 
-    def __init__(
-        self, model: Any, *, adapters: bool = True, chunk_elements: int | None = None, compiled: bool = False
-    ) -> None:
+    def __init__(self, model: Any, *, adapters: bool = True, chunk_elements: int | None = None) -> None:
         """adapters: False switches a PEFT model's adapters off.
 
         chunk_elements: most logits alive at once; by default those of the function of that name.
-
-        compiled: the body's forward and backward pass are compiled when they first run, for batches of all shapes. The
-        model itself stays as it is: whoever else runs or saves it does not notice.
         """
         super().__init__()
         self.model = model
@@ -79,8 +75,6 @@ class CompletionScorer(nn.Module):
         self.chunk_elements = chunk_elements
         self.knows_head = _knows_head(_unwrapped(model))
         self.has_plain_head = self.knows_head and _is_plain(_unwrapped(model))
-        body = self._body().forward
-        self._compiled_body: Callable[..., Any] | None = torch.compile(body) if compiled else None
 
     def forward(self, batch: Batch, sampling: Sampling, reference: "CompletionScorer | None" = None) -> TokenStatistics:
         """Returns the statistics of the batch's completions; given a reference, the exact KL to it too."""
@@ -129,15 +123,7 @@ class CompletionScorer(nn.Module):
         If the model's head is not a plain one, its logits [N, V] take the place of the hidden states.
         """
         with self._adapters():
-            # No attention mask: the padding is on the right, where no token of a causal model sees it. With a mask,
-            # attention would take a slower kernel, and repeat the keys of grouped heads.
-            inputs = {"input_ids": batch.input_ids, "use_cache": False}
-            if self._compiled_body is None:
-                outputs = self._body()(**inputs)
-            else:
-                # Not dynamic=True, which would make symbols of the model's constants too, and compile everything twice.
-                torch._dynamo.maybe_mark_dynamic(batch.input_ids, (0, 1))
-                outputs = self._compiled_body(**inputs)
+            outputs = self._body()(input_ids=batch.input_ids, use_cache=False)  # No mask: see Batch.
         states = outputs.last_hidden_state if self.knows_head else outputs.logits
         selected: Tensor = states[:, :-1][batch.target_mask]
         return selected

@@ -1,6 +1,6 @@
 """What is recorded of a training step, under TRL's names where it has them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remax.batching import Batch
 from remax.components import Rewards
+from remax.guards.finite import Skipped
 from remax.interfaces import Completion, Rollout
 from remax.objective import BatchLoss
 
@@ -22,6 +23,10 @@ class Credit(NamedTuple):
     """Reward of the greedy completion of the sample's prompt; NaN where the method draws none."""
 
 
+SHOWN = ("kl", "entropy", "no_signal", "logprob_difference")
+"""What micro-batches show of each sample, beside their loss."""
+
+
 @dataclass
 class StepRecord:
     """One step's samples and what became of them. S sampled rows, in the order of rollout.samples."""
@@ -31,6 +36,8 @@ class StepRecord:
     credit: Credit
     ref_logprobs: list[Tensor] | None
     """S times [T] log-probabilities of the sample's tokens under the reference; None where the update needs none."""
+    step: int = 0
+    """Of the training, from 1; 0 outside of one."""
     kl: Tensor = field(init=False)
     """[S] log pi(y) - log pi_ref(y) of the whole completion, in nats; NaN without a reference."""
     entropy: Tensor = field(init=False)
@@ -48,6 +55,8 @@ class StepRecord:
     """Of this step."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the method measures beside."""
+    skipped: list[Skipped] = field(default_factory=list)
+    """The updates that were not taken, since their loss or gradient was not finite."""
 
     def __post_init__(self) -> None:
         self.kl, self.entropy, self.logprob_difference = torch.full((3, len(self.advantages)), torch.nan).unbind()
@@ -78,6 +87,16 @@ class StepRecord:
         for row, logprobs in zip(rows, result.logprobs.float().cpu(), strict=True):
             drawn = torch.tensor(self.rollout.samples[row].logprobs)
             self.logprob_difference[row] = (logprobs[: len(drawn)] - drawn).abs().max()
+
+    def shown(self) -> dict[str, Any]:
+        """Returns what `add` was given so far, for `forget`."""
+        return {"loss": self.loss} | {name: getattr(self, name).clone() for name in SHOWN}
+
+    def forget(self, shown: Mapping[str, Any]) -> None:
+        """Goes back to what had been shown by then: an attempt that broke off must not count twice."""
+        self.loss = shown["loss"]
+        for name in SHOWN:
+            getattr(self, name).copy_(shown[name])
 
     @property
     def trained(self) -> Tensor:

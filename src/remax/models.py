@@ -28,9 +28,11 @@ from transformers import (
 
 from remax.config import ModelOptions
 from remax.errors import UserError
+from remax.untrusted import shown
 
 T = TypeVar("T")
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PAD_TOKEN = "<|pad|>"
 
 
@@ -56,7 +58,7 @@ def quiet() -> Iterator[None]:
 def short_reason(error: Exception) -> str:
     """Returns the first line of an error's message, short enough for a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".: ")
+    return shown(lines[0] if lines else type(error).__name__, 200).rstrip(".: ")
 
 
 # Loading --------------------------------------------------------------------------------------------------------------
@@ -69,17 +71,23 @@ def check_model_exists(name_or_path: str, *, flag: str) -> None:
     Hugging Face hub shows when it is loaded.
     """
     path = Path(name_or_path)
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:  # too long, or not allowed
+        raise UserError(f"{flag} is {shown(name_or_path)}: {error.strerror}; set the path of a model.") from None
+    if is_folder:
         if not any((path / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
             inside = path / "model"
             advice = str(inside) if (inside / "config.json").exists() else "a folder in Hugging Face format"
-            raise UserError(f"{flag} is {name_or_path}: that folder holds no model (no config.json); set {advice}.")
-    elif path.exists():
-        raise UserError(f"{flag} is {name_or_path}: that is a file; set the folder that holds the model.")
+            raise UserError(
+                f"{flag} is {shown(name_or_path)}: that folder holds no model (no config.json); set {shown(advice)}."
+            )
+    elif is_there:
+        raise UserError(f"{flag} is {shown(name_or_path)}: that is a file; set the folder that holds the model.")
     elif not name_or_path.strip():
         raise UserError(f"{flag} is empty: there is no model to load; set a folder or a hub name (owner/name).")
     elif name_or_path.startswith((".", "/", "~")) or name_or_path.endswith("/") or name_or_path.count("/") > 1:
-        raise UserError(f"{flag} is {name_or_path}: there is no such folder; set the path of a model.")
+        raise UserError(f"{flag} is {shown(name_or_path)}: there is no such folder; set the path of a model.")
 
 
 def load_tokenizer(name_or_path: str, *, flag: str) -> Any:
@@ -113,6 +121,7 @@ def load_policy(name_or_path: str, config: ModelOptions, *, flag: str) -> Any:
     kwargs = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
     model = _load_weights(AutoModelForCausalLM, base, flag, **kwargs)
     if base != name_or_path:
+        _require_safe_adapter(name_or_path, flag)
         adapted = _load("adapter", name_or_path, flag, lambda: PeftModel.from_pretrained(model, name_or_path))
         model = adapted.merge_and_unload()
     return add_adapter(model, config) if config.use_peft else model
@@ -207,8 +216,13 @@ def _load(what: str, name_or_path: str, flag: str, load: Callable[[], T]) -> T:
     except UserError:
         raise
     except Exception as error:
+        if "custom code" in str(error):
+            raise UserError(
+                f"{flag} is {shown(name_or_path)}: its {what} needs Python code that comes with the model, which is "
+                "never run here; set a model of an architecture that transformers has."
+            ) from error
         raise UserError(
-            f"{flag} is {name_or_path}: its {what} could not be loaded ({short_reason(error)}); set a folder in "
+            f"{flag} is {shown(name_or_path)}: its {what} could not be loaded ({short_reason(error)}); set a folder in "
             "Hugging Face format or the name of a model on the hub."
         ) from error
 
@@ -223,7 +237,10 @@ def _load_weights(auto_class: Any, name_or_path: str, flag: str, *, new_head: bo
         "model",
         name_or_path,
         flag,
-        lambda: auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs, **_SAFE),
+        # Without use_safetensors, pickled weights would be read where there are no others.
+        lambda: auto_class.from_pretrained(
+            name_or_path, output_loading_info=True, use_safetensors=True, **kwargs, **_SAFE
+        ),
     )
     body = f"{model.base_model_prefix}." if new_head else ""
     if missing := sorted(name for name in info["missing_keys"] if name.startswith(body)):
@@ -241,6 +258,21 @@ def _is_adapter(name_or_path: str) -> bool:
 def _adapter_base(name_or_path: str, flag: str) -> str:
     config = _load("adapter", name_or_path, flag, lambda: PeftConfig.from_pretrained(name_or_path))
     return str(config.base_model_name_or_path)
+
+
+def _require_safe_adapter(folder: str, flag: str) -> None:
+    """Raises UserError unless an adapter's weights are safetensors and can be merged: peft would read a pickle too."""
+    if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            f"{flag} is {shown(folder)}: that adapter has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save "
+            "it anew with a current peft."
+        )
+    config = _load("adapter", folder, flag, lambda: PeftConfig.from_pretrained(folder))
+    if config.is_prompt_learning or getattr(config, "megatron_config", None):
+        raise UserError(
+            f"{flag} is {shown(folder)}: an adapter of type {shown(config.peft_type)} is no change of weights that "
+            "could be merged; set one such as LoRA."
+        )
 
 
 # Changing -------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """What all settings share: unknown names are refused, values have their field's type, groups check themselves."""
 
 import difflib
+import functools
+import math
 import os
 import types
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from remax.errors import UserError
+from remax.untrusted import shown
 
 FOREIGN_NAMES = {
     "per_device_train_batch_size": "batch_size (prompts per step, over all processes)",
@@ -39,13 +42,16 @@ FOREIGN_NAMES = {
     "dataset_name": "train_dataset",
 }
 """Settings of TRL and other libraries, and what they are called here."""
+LARGEST_WHOLE_NUMBER = 2**63 - 1
+LONGEST_SENTENCE = 600
+"""Of an error, in characters."""
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: object, known: list[str]) -> str:
     """Returns advice for an unknown setting: our word for it, or the most similar name."""
-    if name in FOREIGN_NAMES:
+    if isinstance(name, str) and name in FOREIGN_NAMES:
         return f"here it is {FOREIGN_NAMES[name]}"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(shown(name), known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}" if close else "see --help for all settings"
 
 
@@ -56,26 +62,36 @@ class Options:
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for name in kwargs:
             if name not in known:
-                raise UserError(f"{cls.__name__} has no setting {name}: it would be ignored; {nearest(name, known)}.")
+                raise UserError(
+                    f"{cls.__name__} has no setting {shown(name)}: it would be ignored; {nearest(name, known)}."
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if value is not None or f.default is not None:  # None may stand for what another setting decides
                 object.__setattr__(self, f.name, _typed(f.name, value, hints[f.name]))
-        for group in type(self).__mro__:
-            if check := vars(group).get("_check"):
-                check(self)
+        try:
+            for group in type(self).__mro__:
+                if check := vars(group).get("_check"):
+                    check(self)
+        except UserError as error:  # whatever texts it quotes, it stays one sentence that can be shown
+            raise UserError(shown(error, LONGEST_SENTENCE)) from None
 
     def _require(self, condition: bool, name: str, consequence: str, instead: str) -> None:
         """Raises UserError with the project's one sentence for a bad setting unless the condition holds."""
         if not condition:
-            raise UserError(f"--{name} is {getattr(self, name)}: {consequence}; set {instead}.")
+            raise UserError(f"--{name} is {shown(getattr(self, name))}: {consequence}; set {instead}.")
 
     def _check(self) -> None:
         """Checks the group's own fields."""
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -90,24 +106,44 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         (hint,) = (part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:
         choices = [str(choice) for choice in get_args(hint)]
-        if value not in choices:
-            close = difflib.get_close_matches(str(value), choices, n=1)
+        if not isinstance(value, str) or value not in choices:
+            close = difflib.get_close_matches(shown(value), choices, n=1)
             advice = f"did you mean {close[0]}" if close else f"set one of {', '.join(choices)}"
-            raise UserError(f"--{name} is {value}: that is not one of {', '.join(choices)}; {advice}.")
+            raise UserError(f"--{name} is {shown(value)}: that is not one of {', '.join(choices)}; {advice}.")
         return value
     if get_origin(hint) is list:
         (item_hint,) = get_args(hint)
         if not isinstance(value, list | tuple | str):
-            raise UserError(f"--{name} is {value!r}: that is no list; set [{value!r}].")
+            raise UserError(f"--{name} is {shown(value, spelled=repr)}: that is no list; put it in [ ].")
         return [_typed(name, item, item_hint) for item in ([value] if isinstance(value, str) else value)]
     if get_origin(hint) is dict:
         if not isinstance(value, dict):
-            raise UserError(f"--{name} is {value!r}: that is no mapping; write `name: value` lines under it.")
-        return {str(key): item for key, item in value.items()}
+            raise UserError(
+                f"--{name} is {shown(value, spelled=repr)}: that is no mapping; write `name: value` lines under it."
+            )
+        return {key if isinstance(key, str) else shown(key): item for key, item in value.items()}
     if hint is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
+        value = os.fspath(value)
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-        raise UserError(f"--{name} is {value!r}: that is not {words[hint]}; set one.")
+        raise UserError(f"--{name} is {shown(value, spelled=repr)}: that is not {words[hint]}; set one.")
+    if isinstance(value, str) and not _is_storable(value):
+        raise UserError(f"--{name} is {shown(value)}: it holds what no file can (NUL, half a character); leave it out.")
+    if hint in (int, float) and not _is_number(value):
+        raise UserError(f"--{name} is {shown(value)}: that is not a number that can be counted with; set another.")
     return value
+
+
+def _is_storable(text: str) -> bool:
+    """Whether a text can be a path and be written in UTF-8: every setting comes into a file."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def _is_number(value: float) -> bool:
+    """Whether every library can count with it."""
+    return abs(value) <= LARGEST_WHOLE_NUMBER if isinstance(value, int) else not math.isnan(value)

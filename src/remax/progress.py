@@ -2,7 +2,6 @@
 
 import sys
 import time
-import unicodedata
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from remax.interfaces import Completion
+from remax.untrusted import printable
 
 SHOWN = {
     "reward": "reward, sampled",
@@ -47,11 +47,6 @@ def default_view() -> View:
     return LivePanel() if sys.stdout.isatty() else PlainLines()
 
 
-def printable(text: str) -> str:
-    """Returns the text without control characters: a completion must not be able to steer the terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 class _Clock:
     """Steps done, seconds per step and seconds left."""
 
@@ -83,7 +78,7 @@ class PlainLines:
         print("  ".join(parts), flush=True)
 
     def note(self, line: str) -> None:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
     def stop(self) -> None:
         pass
@@ -112,7 +107,7 @@ class LivePanel:
             self.live.update(self._panel(metrics))
 
     def note(self, line: str) -> None:
-        self.console.print(Text(line))
+        self.console.print(Text(printable(line)))
 
     def stop(self) -> None:
         if self.live is not None:

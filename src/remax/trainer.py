@@ -13,9 +13,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from remax import models
 from remax.assembly import assemble
 from remax.batching import PromptOrder
+from remax.checkpoint.session import Session
+from remax.checkpoint.state import fingerprints
+from remax.compilation import compile_layers
 from remax.config import ReMaxConfig
-from remax.errors import UserError
-from remax.evaluate import Evaluation, evaluate_policy
+from remax.errors import GuardStop, Interrupted, UserError
+from remax.evaluate import Evaluation, check_gold, evaluate_policy, load_gold
+from remax.guards.memory import MidStepStop
+from remax.guards.watch import Guards
 from remax.interfaces import Prompt, RolloutEngine
 from remax.learner import Learner
 from remax.logprobs import CompletionScorer
@@ -23,6 +28,7 @@ from remax.meters import PhaseMeter
 from remax.methods import PPO, make_method
 from remax.metrics import StepRecord, completion_records, step_metrics
 from remax.plan import base_bytes, describe_peaks
+from remax.plan.device import free_main_memory
 from remax.progress import View, default_view
 from remax.recording import RunFolder
 
@@ -41,7 +47,7 @@ METHOD_NAMES = {
     "dr_grpo": "Dr. GRPO",
     "ppo": "PPO",
 }
-SHOWN_OF_EVALUATION = ("reward", "reward/greedy", "kl", "completions/mean_length")
+SHOWN_OF_EVALUATION = ("reward", "reward/greedy", "gold", "kl", "completions/mean_length")
 
 
 class ReMaxTrainer:
@@ -65,6 +71,7 @@ class ReMaxTrainer:
         rollout_engine: Callable[[Any], RolloutEngine] | None = None,
         view: View | None = None,
         run_config: Mapping[str, Any] | None = None,
+        gold_reward_funcs: Any = None,
     ) -> None:
         """Checks everything, then loads the models.
 
@@ -85,13 +92,19 @@ class ReMaxTrainer:
             rollout_engine: makes the engine that draws completions from the policy; by default the embedded one.
             view: shows the progress; by default a panel in a terminal and plain lines elsewhere.
             run_config: what config.yaml records; by default args.
+            gold_reward_funcs: like reward_funcs; they judge evaluations, and training never sees them.
 
         Raises:
             UserError: a setting, dataset, model or reward cannot be used; nothing was written.
         """
         self.args = args or ReMaxConfig()
-        self.folder = RunFolder(self.args.output_dir)
+        self.folder = RunFolder(self.args.output_dir, resumes=self.args.resume != "none")
+        compared = run_config or dataclasses.asdict(self.args)
+        self.session = Session(self.folder, self.args, compared, free_memory=free_main_memory)
         set_seed(self.args.seed)
+        gold = gold_reward_funcs if isinstance(gold_reward_funcs, list | tuple) else [gold_reward_funcs]
+        gold = [function for function in gold if function is not None]
+        check_gold(gold)
         given = [model, *(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs])]
         self.base_bytes = base_bytes(PartialState().device, given)
         self.parts = parts = assemble(
@@ -105,19 +118,24 @@ class ReMaxTrainer:
             peft_config=peft_config,
             rollout_engine=rollout_engine,
         )
+        if gold and parts.eval_prompts:
+            parts.gold_functions = load_gold(gold, parts, self.args.reward_batch_size)
         self.order = PromptOrder(parts.prompts, self.args.batch_size, self.args.seed)
         self.max_steps = self.args.max_steps
         if self.max_steps == -1:
             self.max_steps = math.ceil(self.args.num_train_epochs * self.order.steps_per_epoch)
         self.accelerator = parts.accelerator
+        if self.args.torch_compile:
+            compile_layers(parts.policy)
         self.policy = Learner(
-            CompletionScorer(parts.policy, compiled=self.args.torch_compile),
+            CompletionScorer(parts.policy),
             self.args,
             parts.accelerator,
             max_steps=self.max_steps,
             rate_flag="learning_rate",
         )
         self.method = make_method(parts, self.args, self.policy, max_steps=self.max_steps)
+        self.session.check_same(fingerprints(self))
         if self.args.bf16:  # PPO's value model has copied the reward model's float32 weights by now.
             parts.hold_frozen_in_bfloat16()
         self.meter = PhaseMeter(parts.accelerator.device)
@@ -125,6 +143,9 @@ class ReMaxTrainer:
         self.save_final_model = True
         self.view = view or default_view()
         self.run_config = run_config or {"model": parts.model_name, **dataclasses.asdict(self.args)}
+        self.guards = Guards(
+            self.args, parts, self.method, self.folder.path, self.run_config, lambda: self.last_checkpoint
+        )
         self.callbacks = list(callbacks or [])
         self.state = TrainerState(max_steps=self.max_steps, logging_steps=self.args.logging_steps, log_history=[])
         self.control = TrainerControl()
@@ -144,9 +165,10 @@ class ReMaxTrainer:
         with self.meter.measure("reward"):
             reference = self.parts.begin_reference(rollout, args)
             rewards = self.parts.score(rollout)
+            self.parts.require_rewards(rewards, args.max_missing_rewards, first=step == 1)
         with self.meter.measure("reference"):
             ref_logprobs = reference()
-        record = StepRecord(rollout, rewards, method.credit(rollout, rewards), ref_logprobs)
+        record = StepRecord(rollout, rewards, method.credit(rollout, rewards), ref_logprobs, step)
         record.learning_rate = self.policy.learning_rate
         with self.meter.measure("update"):
             method.update(record)
@@ -158,39 +180,62 @@ class ReMaxTrainer:
     def train(self) -> dict[str, float]:
         """Trains, fills the run's folder and returns the metrics of the last step.
 
+        With args.resume it goes on from a checkpoint of the run in the folder; if that run has ended, nothing is done.
+
         Raises:
-            UserError: a reward function cannot be used, or the gradient is not finite. Whatever goes wrong before the
-                first step is done, nothing stays written.
+            UserError: a reward function cannot be used, or something could not be written. Whatever goes wrong before
+                the first step is done, nothing stays written.
+            GuardStop: a guard stopped the run, whose state is saved.
+            Interrupted: Ctrl-C or SIGTERM came; the step was finished, the state is saved.
         """
-        self.folder.create(self.run_config)
-        metrics: dict[str, float] = {}
+        if self.session.finished:
+            self.view.note(f"The run in {self.folder.path} is finished: nothing is left to do.")
+            return self.session.last_metrics()
+        self.session.begin(self.run_config)
         try:
+            metrics = self.session.restore(self)
             self.accelerator.init_trackers("tensorboard", config=_scalars(self.run_config))
             self._notify("on_train_begin")
-            self._evaluate()
+            self.session.restore_generators()
+            if self.state.global_step == 0:
+                self._evaluate()
             self.view.start(self.max_steps)
-            for step in range(1, self.max_steps + 1):
-                metrics = self._recorded_step(step)
-                if self.control.should_training_stop:
-                    break
-                if self.args.eval_steps and step % self.args.eval_steps == 0 and step < self.max_steps:
+            while not self._ended:
+                metrics = self._recorded_step(self.state.global_step + 1)
+                if self._ended or (self.args.eval_steps and self.state.global_step % self.args.eval_steps == 0):
                     self._evaluate()
-            self._evaluate()
+                self.guards.stop_if_needed()
+                self.session.after_step(self, ended=self._ended)
             if self.save_final_model:
                 self.save_model(self.folder.model)
+            self.session.check_saved()
             self.view.note(self._describe_memory())
             self._notify("on_train_end")
-        except BaseException:
-            self._close()
+        except BaseException as error:
+            if isinstance(error, GuardStop) and not isinstance(error, MidStepStop) and self.state.global_step > 0:
+                self.session.save_before_stop(self)
+            # A second Ctrl-C does not wait for a checkpoint that is being written.
+            self._close(at_once=isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted))
             if self.state.global_step == 0:
                 self.folder.discard()
             raise
         self._close()
         return metrics
 
-    def _close(self) -> None:
+    @property
+    def _ended(self) -> bool:
+        return self.state.global_step >= self.max_steps or bool(self.control.should_training_stop)
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint of the run, which may have to be waited for."""
+        self.session.writer.wait()
+        return self.session.last_checkpoint()
+
+    def _close(self, *, at_once: bool = False) -> None:
         self.view.stop()
         self.accelerator.end_training()
+        self.session.end(at_once=at_once)
 
     def evaluate(self) -> Evaluation:
         """Returns how the policy does on the evaluation prompts: one sample each, and greedy."""
@@ -205,9 +250,10 @@ class ReMaxTrainer:
 
     def save_model(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format, adapters merged, with its tokenizer and a model card."""
-        models.save_model(
-            self.parts.policy, self.parts.tokenizer, folder, eos_token_ids=self.parts.sampling.eos_token_ids
-        )
+        with self.folder.writing(folder.name):
+            models.save_model(
+                self.parts.policy, self.parts.tokenizer, folder, eos_token_ids=self.parts.sampling.eos_token_ids
+            )
         name, settings = self.parts.model_name, self.run_config
         shown = {key: settings[key] for key in SHOWN_OF_SETTINGS if settings.get(key) not in (None, [])}
         lines = [
@@ -231,8 +277,8 @@ class ReMaxTrainer:
         started = time.perf_counter()
         self.meter.clear()
         self._notify("on_step_begin")
-        record = self.step(self.order.batch(step), step)
-        if step == 1 and not record.trained.any():
+        record = self._step_or_none(step)
+        if step == 1 and not (record.trained.any() or record.skipped):
             names = ", ".join(function.name for function in self.parts.reward_functions)
             raise UserError(
                 f"the rewards ({names}) gave no number for any completion of the first step: there is nothing to learn "
@@ -245,6 +291,7 @@ class ReMaxTrainer:
             "step": step,
             "epoch": step / self.order.steps_per_epoch,
             **step_metrics(record),
+            **self.guards.count(record),
             **self.meter.metrics(),
             "time/step": seconds,
             "num_tokens": self.num_tokens,
@@ -260,7 +307,25 @@ class ReMaxTrainer:
         self._log(measured)
         if step % self.args.logging_steps == 0 or step == self.max_steps:
             self.view.update(measured, record.rollout.samples[0])
+        self._tell(self.guards.after_step(record, metrics))
         return metrics
+
+    def _step_or_none(self, step: int) -> StepRecord:
+        """Takes a step; if a guard stops the run in the middle of it, the method forgets that it began."""
+        before = self.method.state_dict()
+        try:
+            return self.step(self.order.batch(step), step)
+        except GuardStop:
+            self.method.load_state_dict(before)
+            self._tell(self.guards.take_news(step))
+            raise
+
+    def _tell(self, news: Sequence[Mapping[str, Any]]) -> None:
+        """Records and shows what the guards have to say."""
+        if news:
+            self.folder.append("alarms.jsonl", news)
+        for line in news:
+            self.view.note(self.guards.said(line))
 
     def _evaluate(self) -> None:
         """Evaluates, if there are prompts for it, and keeps the best weights."""
@@ -274,6 +339,7 @@ class ReMaxTrainer:
         self.view.note(f"evaluation after step {step}: {'  '.join(shown)}")
         self._log(metrics)
         self._notify("on_evaluate", metrics=metrics, evaluation=evaluation)
+        self._tell(self.guards.after_evaluation(step, evaluation))
         wanted = self.args.metric_for_best_model
         if wanted.removeprefix("eval/") not in evaluation.values or not wanted.startswith("eval/"):
             raise UserError(

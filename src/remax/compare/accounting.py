@@ -20,8 +20,8 @@ from remax.compare.spec import Run
 from remax.compare.tables import TABLE_WIDTH, decimals_for, number_text
 from remax.config import CompareInputs
 from remax.errors import UserError
-from remax.progress import printable
 from remax.recording import write_json
+from remax.untrusted import printable
 
 MIB = 2**20
 GIGA = 10**9

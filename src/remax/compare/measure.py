@@ -32,7 +32,7 @@ from remax.methods import PPO
 from remax.plan import formulas
 from remax.plan.networks import Counts, head
 from remax.progress import PlainLines
-from remax.rewards import load_reward_function
+from remax.rewards.named import named_rewards
 from remax.trainer import ReMaxTrainer
 
 _count: Any = sdpa_flop_count
@@ -42,6 +42,8 @@ UNKNOWN_OPERATIONS: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, **__: _count_backward(gradient, q, k, v)
     ),
+    # The head adds up its gradient in place.
+    torch.ops.aten.addmm_: lambda added, left, right, **_: 2 * left[0] * left[1] * right[1],
 }
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # Weights that a rollout has packed, [out, in].
     UNKNOWN_OPERATIONS[torch.ops.mkldnn._linear_pointwise] = lambda x, w, *_, **__: 2 * math.prod(x) * w[0]
@@ -54,8 +56,7 @@ def measure_run(inputs: CompareInputs, planned: Run, log: Path) -> dict[str, Any
     Raises:
         UserError: something cannot be used.
     """
-    rewards: list[Any] = [inputs.reward_model] * bool(inputs.reward_model)
-    rewards += [load_reward_function(spec) for spec in inputs.reward_funcs]
+    rewards = named_rewards(inputs, planned.args.reward_timeout_seconds)
     with (
         log.open("w", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),

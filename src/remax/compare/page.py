@@ -19,7 +19,7 @@ from remax.compare.tables import (
     number_text,
     shown_columns,
 )
-from remax.progress import printable
+from remax.untrusted import printable
 
 CAPTIONS = {
     "rewards": (

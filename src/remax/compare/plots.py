@@ -13,7 +13,7 @@ from remax.compare.records import Run, number, read_runs
 from remax.compare.results import PHASES
 from remax.compare.statistics import Floats
 from remax.compare.tables import decimals_for, number_text
-from remax.progress import printable
+from remax.untrusted import printable
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's colours, which colour-blind readers tell apart; yellow is left out, which white paper swallows."""

@@ -28,7 +28,8 @@ from remax.compare.tables import print_table
 from remax.config import CompareConfig, CompareInputs
 from remax.errors import UserError
 from remax.recording import RunFolder, write_json
-from remax.rewards import load_reward_function
+from remax.rewards.named import named_function, named_rewards, wait_until_ready
+from remax.untrusted import printable
 
 PACKAGES = ("remax-rlhf", "torch", "transformers", "accelerate", "trl", "peft", "datasets", "numpy")
 
@@ -66,7 +67,7 @@ def run_comparison(inputs: CompareInputs, args: CompareConfig, command: list[str
         try:
             _run(context, inputs, planned, args, f"run {number}/{len(runs)}: {planned.label}, seed {planned.seed}")
         except UserError as error:
-            print(f"{planned.label}, seed {planned.seed}: {error}", flush=True)
+            print(printable(f"{planned.label}, seed {planned.seed}: {error}"), flush=True)
             failures.append(f"{planned.label}, seed {planned.seed}: {error}")
             if not (planned.folder / "metrics.jsonl").exists():  # it did not get to its first step: others will not
                 raise
@@ -100,13 +101,13 @@ def _run(context: Any, inputs: CompareInputs, planned: Run, args: CompareConfig,
 
 def _check_parts(inputs: CompareInputs, runs: list[Run]) -> None:
     """Finds, before the first run, what is wrong with models, rewards and data for any of them."""
-    rewards: list[Any] = [inputs.reward_model] * bool(inputs.reward_model)
-    rewards += [load_reward_function(spec) for spec in inputs.reward_funcs]
+    timeout_seconds = runs[0].args.reward_timeout_seconds
+    rewards = named_rewards(inputs, timeout_seconds)
     if inputs.gold_reward_model is not None:
         models.check_model_exists(inputs.gold_reward_model, flag="--gold_reward_model")
         models.require_reward_model(inputs.gold_reward_model, flag="--gold_reward_model")
     for spec in inputs.gold_reward_funcs:
-        load_reward_function(spec)
+        wait_until_ready([named_function(spec, timeout_seconds)])
     if inputs.reward_model is not None:
         models.require_reward_model(inputs.reward_model, flag="--reward_model")
     for run in {run.label: run for run in runs}.values():

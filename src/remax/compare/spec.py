@@ -15,15 +15,27 @@ from remax.options import nearest
 
 UNLIMITED = 1_000_000
 """Steps of a run that tokens or seconds will stop."""
-DEFAULTS = {"lr_scheduler_type": "constant", "save_best_model": False, "report_to": ["none"]}
+DEFAULTS = {"lr_scheduler_type": "constant", "save_best_model": False, "report_to": ["none"], "save_steps": -1}
 """Settings of every run unless the comparison sets them."""
 COMMON = (
-    *("model", "reward_model", "reward_funcs", "train_dataset", "eval_dataset", "output_dir", "seed", "max_steps"),
-    *("num_train_epochs", "dataset_split", "eval_split", "max_prompt_length", "overlong_prompts", "system_prompt"),
+    *("model", "reward_model", "reward_funcs", "reward_url", "train_dataset", "eval_dataset", "output_dir"),
+    *(
+        "seed",
+        "max_steps",
+        "num_train_epochs",
+        "dataset_split",
+        "eval_split",
+        "max_prompt_length",
+        "overlong_prompts",
+        "system_prompt",
+    ),
     *("max_completion_length", "temperature", "top_p", "top_k", "reward_weights", "num_eval_prompts"),
 )
 """What cannot differ between methods: otherwise they would not be compared under equal conditions."""
-OWN_FLAGS = ("model", "reward_model", "reward_funcs", "train_dataset", "eval_dataset", "output_dir", "seed")
+OWN_FLAGS = (
+    *("model", "reward_model", "reward_funcs", "reward_url"),
+    *("train_dataset", "eval_dataset", "output_dir", "seed"),
+)
 """What the comparison sets itself, outside of `settings`."""
 
 
@@ -102,7 +114,11 @@ def describe(inputs: CompareInputs, args: CompareConfig, runs: list[Run]) -> dic
         del settings["seed"], settings["output_dir"]
     return {
         "model": inputs.model,
-        "reward": [inputs.reward_model] * bool(inputs.reward_model) + inputs.reward_funcs,
+        "reward": [
+            *([inputs.reward_model] if inputs.reward_model else []),
+            *inputs.reward_funcs,
+            *([inputs.reward_url] if inputs.reward_url else []),
+        ],
         "gold": [inputs.gold_reward_model] * bool(inputs.gold_reward_model) + inputs.gold_reward_funcs,
         "train_dataset": inputs.train_dataset,
         "eval_dataset": inputs.eval_dataset,
@@ -113,7 +129,10 @@ def describe(inputs: CompareInputs, args: CompareConfig, runs: list[Run]) -> dic
     }
 
 
-NUMBERS_STAY = ("micro_batch_tokens", "rollout_batch_size", "reward_batch_size", "log_completions", "logging_steps")
+NUMBERS_STAY = (
+    *("micro_batch_tokens", "rollout_batch_size", "reward_batch_size", "log_completions", "logging_steps"),
+    *("save_steps", "save_total_limit"),
+)
 """Settings that may change between the runs of a comparison: memory, speed and what is written."""
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from remax.compare.results import CONTROLLED, FEW_SEEDS
-from remax.progress import printable
+from remax.untrusted import printable
 
 NOTHING = "\N{EN DASH}"
 TABLE_WIDTH = 120

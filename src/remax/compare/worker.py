@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from remax.assembly import load_rewards
 from remax.compare.spec import Run
 from remax.config import CompareInputs
-from remax.errors import UserError
+from remax.errors import GuardStop, UserError
 from remax.evaluate import Evaluation
-from remax.interfaces import RewardFunction
 from remax.progress import PlainLines
 from remax.recording import write_json
-from remax.rewards import RewardModel, load_reward_function, resolve_weights, score
+from remax.rewards.named import named_gold_rewards, named_rewards
 from remax.trainer import ReMaxTrainer
 
 
@@ -35,11 +34,10 @@ class Spent:
 
 
 class Observer(TrainerCallback):  # type: ignore[misc]
-    """Counts what a run uses up, stops it at its budget, and has held-out completions judged by the gold reward."""
+    """Counts what a run uses up, stops it at its budget, and writes down what evaluations show."""
 
-    def __init__(self, gold: Sequence[RewardFunction], unit: str, amount: float, final_samples: Path) -> None:
-        self.gold, self.unit, self.amount, self.final_samples = gold, unit, amount, final_samples
-        self.device = torch.device("cpu")
+    def __init__(self, unit: str, amount: float, final_samples: Path) -> None:
+        self.unit, self.amount, self.final_samples = unit, amount, final_samples
         self.spent = Spent()
         self.evaluations: list[dict[str, float]] = []
         self.started = 0.0
@@ -67,12 +65,9 @@ class Observer(TrainerCallback):  # type: ignore[misc]
         record |= {name: means[name] for name in ("reward", "reward/greedy", "kl", "entropy") if name in means}
         record |= {"length": means["completions/mean_length"], "clipped_ratio": means["completions/clipped_ratio"]}
         samples = evaluation.rollout.samples
-        golden: list[float | None] = [None] * len(samples)
-        if self.gold:
-            totals = torch.tensor(self._judge([*samples, *evaluation.rollout.greedy]))
-            golden = totals[: len(samples)].tolist()
-            record |= {"gold": totals[: len(samples)].nanmean().item()}
-            record |= {"gold/greedy": totals[len(samples) :].nanmean().item()}
+        golden = [None] * len(samples) if evaluation.gold is None else evaluation.gold.tolist()
+        if evaluation.gold is not None:
+            record |= {name: means.get(name, math.nan) for name in ("gold", "gold/greedy")}
         self.evaluations.append(record)
         lines = [
             {"prompt_index": c.prompt.index, "length": len(c.token_ids), "reward": reward, "gold": gold}
@@ -82,15 +77,6 @@ class Observer(TrainerCallback):  # type: ignore[misc]
         initial = self.final_samples.parents[3] / "initial_samples.jsonl"
         if state.global_step == 0 and not initial.exists():
             initial.write_text(self.final_samples.read_text(encoding="utf-8"), encoding="utf-8")
-
-    def _judge(self, completions: Sequence[Any]) -> list[float]:
-        models = [function.model for function in self.gold if isinstance(function, RewardModel)]
-        for model in models:
-            model.to(self.device)
-        totals = score(self.gold, resolve_weights([], len(self.gold)), completions).total
-        for model in models:
-            model.to("cpu")
-        return totals
 
 
 def run(inputs: CompareInputs, planned: Run, unit: str, amount: float, keep_model: bool) -> None:
@@ -102,9 +88,8 @@ def run(inputs: CompareInputs, planned: Run, unit: str, amount: float, keep_mode
     planned.folder.parent.mkdir(parents=True, exist_ok=True)
     log = planned.folder.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file, _output_to(file):
-        rewards: list[Any] = [inputs.reward_model] * bool(inputs.reward_model)
-        rewards += [load_reward_function(spec) for spec in inputs.reward_funcs]
-        observer = Observer([], unit, amount, planned.folder / "final_samples.jsonl")
+        rewards = named_rewards(inputs, planned.args.reward_timeout_seconds)
+        observer = Observer(unit, amount, planned.folder / "final_samples.jsonl")
         trainer = ReMaxTrainer(
             inputs.model,
             rewards,
@@ -113,9 +98,9 @@ def run(inputs: CompareInputs, planned: Run, unit: str, amount: float, keep_mode
             eval_dataset=inputs.eval_dataset,
             callbacks=[observer],
             view=PlainLines(),
+            gold_reward_funcs=named_gold_rewards(inputs, planned.args.reward_timeout_seconds),
         )
         trainer.save_final_model = keep_model
-        observer.gold, observer.device = _gold_rewards(inputs, trainer), trainer.accelerator.device
         try:
             trainer.train()
         except torch.OutOfMemoryError:
@@ -123,6 +108,8 @@ def run(inputs: CompareInputs, planned: Run, unit: str, amount: float, keep_mode
                 "the memory of the device did not suffice; set a smaller --settings micro_batch_tokens, or compare on "
                 "a larger device."
             ) from None
+        except GuardStop as stop:
+            raise UserError(str(stop)) from None
     records = "".join(json.dumps(record) + "\n" for record in observer.evaluations)
     (planned.folder / "evaluations.jsonl").write_text(records, encoding="utf-8")
     summary: Mapping[str, Any] = {
@@ -136,15 +123,6 @@ def run(inputs: CompareInputs, planned: Run, unit: str, amount: float, keep_mode
         "parameters": sum(p.numel() for p in trainer.parts.policy.parameters()),
     }
     write_json(planned.folder / "run.json", summary)
-
-
-def _gold_rewards(inputs: CompareInputs, trainer: ReMaxTrainer) -> list[RewardFunction]:
-    sources: list[Any] = [inputs.gold_reward_model] * bool(inputs.gold_reward_model)
-    sources += [load_reward_function(spec) for spec in inputs.gold_reward_funcs]
-    conversational = not isinstance(trainer.parts.prompts[0].content, str)
-    # On the CPU until it is asked, so that it does not count as memory of the training.
-    cpu = torch.device("cpu")
-    return load_rewards(sources, None, trainer.args.reward_batch_size, cpu, conversational=conversational)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,10 @@ they have the setting. A configuration is the union of the groups it inherits fr
 the command's help.
 """
 
+from remax.config.checkpoint import CheckpointOptions
 from remax.config.commands import ChatConfig, DPOConfig, EvaluateConfig, ReMaxConfig, RewardConfig, SFTConfig
 from remax.config.compare import CompareConfig, CompareInputs
+from remax.config.doctor import DoctorOptions
 from remax.config.groups import (
     ModelOptions,
     OptimiserOptions,
@@ -17,19 +19,24 @@ from remax.config.groups import (
     ScoringOptions,
     StageOptions,
 )
+from remax.config.guards import GuardOptions, ReplayConfig
 from remax.config.inputs import ChatInputs, EvaluateInputs, StageInputs, TrainInputs
 from remax.config.lab import LabConfig, LabInputs
 from remax.config.objective import ObjectiveOptions, PPOOptions
 from remax.config.plan import PlanConfig, PlanInputs
+from remax.config.serve import ServeConfig, ServeInputs
 
 __all__ = [
     "ChatConfig",
     "ChatInputs",
+    "CheckpointOptions",
     "CompareConfig",
     "CompareInputs",
     "DPOConfig",
+    "DoctorOptions",
     "EvaluateConfig",
     "EvaluateInputs",
+    "GuardOptions",
     "LabConfig",
     "LabInputs",
     "ModelOptions",
@@ -42,10 +49,13 @@ __all__ = [
     "PrecisionOptions",
     "PromptOptions",
     "ReMaxConfig",
+    "ReplayConfig",
     "RewardConfig",
     "SFTConfig",
     "SamplingOptions",
     "ScoringOptions",
+    "ServeConfig",
+    "ServeInputs",
     "StageInputs",
     "StageOptions",
     "TrainInputs",

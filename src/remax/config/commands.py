@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from remax.config.checkpoint import CheckpointOptions
 from remax.config.groups import (
     DatasetOptions,
     LengthOptions,
@@ -17,12 +18,14 @@ from remax.config.groups import (
     ScoringOptions,
     StageOptions,
 )
+from remax.config.guards import GuardOptions
 from remax.config.objective import ObjectiveOptions, PPOOptions
 
 
 @dataclass(frozen=True)
 class ReMaxConfig(
     OutputOptions,
+    CheckpointOptions,
     DatasetOptions,
     PromptOptions,
     SamplingOptions,
@@ -33,6 +36,7 @@ class ReMaxConfig(
     OptimiserOptions,
     ModelOptions,
     PlacementOptions,
+    GuardOptions,
     PPOOptions,
 ):
     """Settings of `remax train` and of ReMaxTrainer."""
@@ -53,27 +57,33 @@ class ReMaxConfig(
 
 
 @dataclass(frozen=True)
-class SFTConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
+class SFTConfig(
+    OutputOptions, CheckpointOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions
+):
     """Settings of `remax sft`."""
 
     learning_rate: float = 1e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     lr_scheduler_type: Scheduler = "cosine"
     """Schedule of the learning rate over the run."""
 
 
 @dataclass(frozen=True)
-class RewardConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
+class RewardConfig(
+    OutputOptions, CheckpointOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions
+):
     """Settings of `remax reward`."""
 
     learning_rate: float = 1e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     lr_scheduler_type: Scheduler = "cosine"
     """Schedule of the learning rate over the run."""
 
 
 @dataclass(frozen=True)
-class DPOConfig(OutputOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions):
+class DPOConfig(
+    OutputOptions, CheckpointOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions
+):
     """Settings of `remax dpo`."""
 
     beta: float = 0.1

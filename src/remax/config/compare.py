@@ -11,12 +11,7 @@ from remax.options import Options
 
 @dataclass(frozen=True)
 class CompareInputs(TrainInputs):
-    """Gold rewards"""
-
-    gold_reward_model: str | None = None
-    """A second reward model that judges held-out completions and that training never sees."""
-    gold_reward_funcs: list[str] = field(default_factory=list)
-    """Likewise functions, as file.py:function; all gold rewards are added up."""
+    """Settings of `remax compare`: those of `remax train`, with held-out prompts."""
 
     def _check(self) -> None:
         if not self.eval_dataset:

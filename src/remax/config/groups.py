@@ -9,6 +9,7 @@ DType = Literal["float32", "bfloat16"]
 Optimiser = Literal["adamw_torch_fused", "adamw_torch", "adamw_torch_8bit", "adafactor"]
 Placement = Literal["resident", "offload"]
 EngineName = Literal["auto", "embedded", "paged"]
+LONGEST_TIMEOUT_SECONDS = 1_000_000
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
 
@@ -39,7 +40,7 @@ class OptimiserOptions(Options):
     needs torchao; rounds bfloat16 weights stochastically, so that small updates do not vanish), or adafactor (a row and
     a column of states per matrix)."""
     learning_rate: float = 1e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     lr_scheduler_type: Scheduler = "linear"
     """Schedule of the learning rate over the run."""
     warmup_steps: float = 0
@@ -66,6 +67,7 @@ class OptimiserOptions(Options):
             "--lr_scheduler_type constant_with_warmup",
         )
         self._require(self.weight_decay >= 0, "weight_decay", "weights would grow", "0 or more")
+        self._require(self.adam_epsilon > 0, "adam_epsilon", "a step could divide by zero", "a small positive number")
         for name in ("adam_beta1", "adam_beta2"):
             self._require(0 <= getattr(self, name) < 1, name, "no average has such a decay", "a number in [0, 1)")
 
@@ -156,14 +158,18 @@ class ScoringOptions(Options):
     """Rewards and batches"""
 
     reward_weights: list[float] = field(default_factory=list)
-    """Weights of the rewards, --reward_model first, then --reward_funcs in order; by default all 1."""
+    """Weights of the rewards, --reward_model first, then --reward_funcs in order, then --reward_url; by default all
+    1."""
     reward_batch_size: int = 64
     """Completions scored at once by a reward model."""
+    reward_timeout_seconds: float = 300.0
+    """Longest call of a reward function, or of --reward_url; beyond it the call is stopped, and its completions have no
+    reward. To that end --reward_funcs run in processes of their own; 0 for no limit, and functions in this process."""
     rollout_batch_size: int = 0
     """Most rows decoded at once; 0 for all of a step's rows together. Changes memory and speed, not the result."""
     rollout_engine: EngineName = "auto"
     """Who draws the completions: embedded (the model decodes for itself, anywhere), paged (transformers' continuous
-    batching, on CUDA), or auto (the fastest of them that can be used here)."""
+    batching, on CUDA), or auto (the one expected to be the fastest here)."""
     micro_batch_tokens: int = 16384
     """Most tokens, padding included, in one pass of policy or reference; changes memory and speed, not the result."""
     num_eval_prompts: int = 256
@@ -171,6 +177,12 @@ class ScoringOptions(Options):
 
     def _check(self) -> None:
         self._require(self.rollout_batch_size >= 0, "rollout_batch_size", "no row can be decoded", "0 for no limit")
+        self._require(
+            0 <= self.reward_timeout_seconds <= LONGEST_TIMEOUT_SECONDS,
+            "reward_timeout_seconds",
+            "no call can be timed so",
+            f"seconds up to {LONGEST_TIMEOUT_SECONDS}, or 0 for no limit",
+        )
         for name in ("micro_batch_tokens", "reward_batch_size", "num_eval_prompts"):
             self._require(getattr(self, name) > 0, name, "nothing would be processed", "1 or more")
 
@@ -218,11 +230,20 @@ class LoopOptions(Options):
     """With --eval_dataset: keep the weights with the best evaluation in OUT/best_model."""
     metric_for_best_model: str = "eval/reward"
     """The evaluation metric that decides; larger is better."""
+    max_missing_rewards: float = 0.5
+    """Largest fraction of a step's completions, greedy ones included, that may be without a reward; the step that
+    exceeds it is not taken, and the run saves its state and stops. 1 to go on whatever happens."""
     log_completions: bool = True
     """Write every completion with its rewards to completions.jsonl."""
 
     def _check(self) -> None:
         self._require(self.batch_size > 0, "batch_size", "nothing would be processed", "1 or more")
+        self._require(
+            0 <= self.max_missing_rewards <= 1,
+            "max_missing_rewards",
+            "there is no such fraction",
+            "a number from 0 to 1",
+        )
         self._require(self.eval_steps >= 0, "eval_steps", "no interval is negative", "a number of steps, or 0")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from remax.config.commands import ReMaxConfig
 from remax.config.groups import PrecisionOptions, PromptOptions, SamplingOptions, ScoringOptions
+from remax.config.inputs import check_reward_url
 from remax.config.objective import BASELINES, GROUP_BASELINES, KLMode
 from remax.errors import UserError
 from remax.options import Options
@@ -22,17 +23,21 @@ class LabInputs(Options):
     """A reward model with one label, usually the output of `remax reward`."""
     reward_funcs: list[str] = field(default_factory=list)
     """Reward functions as file.py:function; several may follow, or the flag may be repeated."""
+    reward_url: str | None = None
+    """Address of a reward server (docs/reward-server.md), as http://127.0.0.1:8000; its token, if it has one, is in the
+    environment variable REMAX_REWARD_TOKEN."""
     ref_model: str | None = None
     """The reference of the KL; by default the checkpoint itself, as at the first step of a training."""
     dataset_split: str = "train"
     """Split of --train_dataset, when it has several."""
 
     def _check(self) -> None:
-        if not self.reward_model and not self.reward_funcs:
+        if not (self.reward_model or self.reward_funcs or self.reward_url):
             raise UserError(
-                "neither --reward_model nor --reward_funcs is set: no gradient has anything to follow; set a model, or "
-                "file.py:function."
+                "neither --reward_model nor --reward_funcs is set, nor --reward_url: no gradient has anything to "
+                "follow; set a model, file.py:function, or the address of a reward server."
             )
+        check_reward_url(self.reward_url)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from remax.data.records import check_columns, check_format, clean_messages, refu
 from remax.data.text import REPLACEMENT
 from remax.errors import UserError
 from remax.interfaces import Message, Prompt
+from remax.untrusted import shown
 
 CHUNK = 1000
 """Texts tokenised at once: a tokenizer's result is far bigger than the ids that are kept of it."""
@@ -145,8 +146,8 @@ class _ChatEncoder:
         self.tokenizer, self.flag = tokenizer, flag
         if not tokenizer.chat_template:
             raise UserError(
-                f"{flag} has conversational prompts, but the tokenizer {tokenizer.name_or_path} has no chat template: "
-                "messages cannot become tokens; use a model with a chat template, or make the prompts texts."
+                f"{flag} has conversational prompts, but the tokenizer {shown(tokenizer.name_or_path)} has no chat "
+                "template: messages cannot become tokens; use a model with a chat template, or make the prompts texts."
             )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -169,8 +170,8 @@ class _ChatEncoder:
         except Exception as error:  # a template is a program that came with the model: it may raise anything
             raise UserError(
                 f"{self.flag} has a prompt in {row_name(prompt.index)} that the chat template of "
-                f"{self.tokenizer.name_or_path} cannot render ({error}): it cannot become tokens; correct the row, or "
-                "use another template."
+                f"{shown(self.tokenizer.name_or_path)} cannot render ({shown(error)}): it cannot become tokens; "
+                "correct the row, or use another template."
             ) from error
         return text
 

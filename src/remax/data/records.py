@@ -12,6 +12,7 @@ import datasets
 
 from remax.errors import UserError
 from remax.interfaces import Message
+from remax.untrusted import shown
 
 Format = Literal["standard", "conversational"]
 
@@ -44,12 +45,12 @@ def _advice(name: str, there: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, by_lower, n=1, cutoff=0.6)
     known = [other for other in OTHER_NAMES.get(name, ()) if other in by_lower]
     for guess in close + known:
-        return f"did you mean {by_lower[guess]!r}, then rename it to {name!r}"
+        return f"did you mean {shown(by_lower[guess], spelled=repr)}, then rename it to {name!r}"
     return f"rename the column that holds it to {name!r}"
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "no columns"
+    return shown(", ".join(repr(name) for name in names[:100]), 200) or "no columns"
 
 
 def row_name(index: int) -> str:
@@ -107,6 +108,9 @@ def _problem(value: Any) -> str | None:
             return f"a message without 'role' (it has {_listed(list(message))})"
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
             return f"a message without 'content' (it has {_listed([k for k, v in message.items() if v is not None])})"
+        parts = message.get("content")
+        if isinstance(parts, list) and not all(isinstance(part, dict) for part in parts):
+            return "a message whose 'content' is a list of other things than parts with a 'type'"
     return None
 
 
@@ -117,7 +121,7 @@ def is_blank(value: Any) -> bool:
     if isinstance(value, dict):
         says_more = value.get("tool_calls") or value.get("type", "text") != "text"
         return not says_more and is_blank(value.get("content") or value.get("text"))
-    return value is None or not value.strip()
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def clean_messages(messages: Sequence[Message]) -> list[Message]:

@@ -7,6 +7,7 @@ import datasets
 
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt
+from remax.untrusted import shown
 
 ANSWER_COLUMNS = ("completion", "chosen")
 
@@ -25,8 +26,9 @@ def check_references(dataset: datasets.Dataset, *, flag: str) -> None:
     """Raises UserError unless the dataset has texts to measure."""
     if not has_references(dataset):
         raise UserError(
-            f"{flag} has the columns {', '.join(dataset.column_names)}: there are no texts to measure perplexity on; "
-            "give it a column `text`, or `prompt` with `completion` or `chosen`, all texts or all messages."
+            f"{flag} has the columns {shown(', '.join(dataset.column_names), 200)}: there are no texts to measure "
+            "perplexity on; give it a column `text`, or `prompt` with `completion` or `chosen`, all texts or all "
+            "messages."
         )
 
 
@@ -45,7 +47,13 @@ def load_references(
     references = []
     for index, row in enumerate(dataset):
         prompt = row["prompt"] if "prompt" in dataset.column_names and answer != "text" else None
-        prompt_ids, ids = _split(tokenizer, prompt, row[answer])
+        try:
+            prompt_ids, ids = _split(tokenizer, prompt, row[answer])
+        except Exception as error:  # the tokenizer has no template, or its template, a program, fails on this row
+            raise UserError(
+                f"{flag} has a row {index} (counted from 0) that cannot become tokens ({shown(error)}): its perplexity "
+                "cannot be measured; correct the row, or use a model with a chat template."
+            ) from error
         if ids and (max_length is None or len(prompt_ids) + len(ids) <= max_length):
             source = Prompt(index, prompt or "", prompt_ids)
             references.append(Completion(source, 0, ids, [], truncated=False))

@@ -8,6 +8,7 @@ from typing import Any
 
 from remax.errors import UserError
 from remax.interfaces import Completion, Prompt
+from remax.untrusted import shown
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for the bytes of an unfinished UTF-8 character."""
@@ -20,7 +21,7 @@ def check_tokenizer(tokenizer: Any, *, flag: str) -> None:
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"{flag} {tokenizer.name_or_path} has a tokenizer without an EOS token: no completion could end; "
+            f"{flag} {shown(tokenizer.name_or_path)} has a tokenizer without an EOS token: no completion could end; "
             "set eos_token in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:

@@ -163,6 +163,7 @@ def sft_config(config: DemoConfig, out: Path) -> SFTConfig:
         adam_beta2=0.99,
         seed=config.seed,
         report_to=["none"],
+        save_steps=-1,
         logging_steps=max(1, config.sft_steps // 8),
     )
 
@@ -177,6 +178,7 @@ def reward_config(config: DemoConfig, out: Path) -> RewardConfig:
         warmup_steps=0.1,
         seed=config.seed,
         report_to=["none"],
+        save_steps=-1,
         logging_steps=max(1, config.reward_steps // 5),
     )
 
@@ -237,6 +239,7 @@ def make_trainer(
             beta=0.1,
             seed=config.seed,
             report_to=["none"],
+            save_steps=-1,
             save_best_model=False,
             logging_steps=max(1, config.max_steps // 10),
         ),

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from remax.demo.stories import gold_score
+from remax.untrusted import printable
 
 UNITS = {
     "gold score": "of 3, by the hidden reader",
@@ -47,8 +48,8 @@ def print_results(prompts: Sequence[str], before: Measurement, after: Measuremen
     for title in ("opening", "before", "after"):
         stories.add_column(title, ratio=1)
     for prompt, *continuations in list(zip(prompts, before.completions, after.completions, strict=True))[:NUM_SHOWN]:
-        texts = [Text(f"{text.strip()} [{gold_score(prompt, text):+.1f}]") for text in continuations]
-        stories.add_row(Text(prompt), *texts)
+        texts = [Text(f"{printable(text.strip())} [{gold_score(prompt, text):+.1f}]") for text in continuations]
+        stories.add_row(Text(printable(prompt)), *texts)
     console.print(stories)
 
 

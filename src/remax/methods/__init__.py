@@ -3,6 +3,7 @@
 baselines.py    what critic-free methods subtract from the reward
 critic_free.py  ReMax, REINFORCE, RLOO, GRPO: one update per batch
 ppo.py          values, clipped ratios, epochs
+within_memory.py  what their updates do when something goes wrong
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from remax.interfaces import Prompt, Rollout
 from remax.learner import Learner
 from remax.methods.critic_free import CriticFree
 from remax.methods.ppo import PPO
+from remax.methods.within_memory import OnSkip
 from remax.metrics import Credit, StepRecord
 
 __all__ = ["PPO", "CriticFree", "Method", "make_method"]
@@ -26,6 +28,9 @@ __all__ = ["PPO", "CriticFree", "Method", "make_method"]
 
 class Method(Protocol):
     """How rewards become a better policy."""
+
+    on_skip: OnSkip
+    """Called for each update that is not taken, since its loss or gradient is not finite."""
 
     def greedy_wanted(self, prompts: Sequence[Prompt]) -> list[bool]:
         """Returns for which prompts this step needs a greedy completion."""

@@ -1,5 +1,6 @@
 """ReMax, REINFORCE, RLOO and GRPO: one update per batch, strictly on-policy; they differ in the baseline."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ from remax import estimators
 from remax.batching import collate, split_by_tokens
 from remax.components import Components, Rewards
 from remax.config import ReMaxConfig
+from remax.guards.finite import NotFinite, Skipped
 from remax.interfaces import Prompt, Rollout
 from remax.learner import Learner
 from remax.methods.baselines import MAKE_BASELINE, GreedyRewards, Mixed
+from remax.methods.within_memory import OnSkip, ignore, max_tokens, within_memory
 from remax.metrics import Credit, StepRecord
 from remax.objective import BatchLoss, policy_gradient_loss
 
@@ -23,6 +26,7 @@ class CriticFree:
     def __init__(self, parts: Components, args: ReMaxConfig, policy: Learner) -> None:
         """policy trains the CompletionScorer of parts.policy."""
         self.parts, self.args, self.policy = parts, args, policy
+        self.on_skip: OnSkip = ignore
         self.baseline = MAKE_BASELINE[str(args.baseline)]()
         self.greedy_rewards = GreedyRewards(args.greedy_every) if args.needs_greedy else None
         self.metrics: dict[str, float] = {}
@@ -60,33 +64,48 @@ class CriticFree:
         """Takes one gradient step on the samples that have an advantage, and completes the record."""
         record.metrics |= self.metrics
         rows = record.trained.nonzero().flatten().tolist()
-        if rows:
-            record.grad_norm = self.policy.update(self.losses(record, rows))
+        if not rows:
+            return
+
+        def losses() -> Iterator[Tensor]:
+            yield from self.losses(record, rows)
+            if not math.isfinite(record.loss):  # The rows without a gradient have a loss too.
+                raise NotFinite("loss")
+
+        try:
+            record.grad_norm = within_memory(self.parts, self.args, record, rows, lambda: self.policy.update(losses()))
+        except NotFinite as fault:
+            record.grad_norm = math.nan
+            self.on_skip(record, Skipped("policy", fault.what, rows))
 
     def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
         """Yields the loss of one micro-batch of these rows after the other, and records afterwards what each shows.
 
         Where the return is 0 at every token, the row has no gradient: it is looked at, but nothing is differentiated.
         """
-        args = self.args
-        num_tokens = sum(len(record.rollout.samples[row].token_ids) for row in rows)
-        denominator = estimators.denominator(args.loss_aggregation, len(rows), num_tokens)
-        silent = set() if args.needs_reference else {row for row in rows if record.advantages[row] == 0}
-        for group in self._micro_batches(record, [row for row in rows if row not in silent]):
-            result = self._loss(record, group, denominator)
-            yield result.loss
+        denominator = self.denominator(record, rows)
+        for group, has_gradient in self.micro_batches(record, rows):
+            with torch.set_grad_enabled(has_gradient):
+                result = self.loss(record, group, denominator)
+            if has_gradient:
+                yield result.loss
             record.add(group, result)  # Not before it is differentiated: a GPU would have to be waited for.
-        with torch.no_grad():
-            for group in self._micro_batches(record, sorted(silent)):
-                record.add(group, self._loss(record, group, denominator))
 
-    def _micro_batches(self, record: StepRecord, rows: Sequence[int]) -> Iterator[list[int]]:
+    def denominator(self, record: StepRecord, rows: Sequence[int]) -> int:
+        """Returns what the sum of the losses of these rows is divided by."""
+        num_tokens = sum(len(record.rollout.samples[row].token_ids) for row in rows)
+        return estimators.denominator(self.args.loss_aggregation, len(rows), num_tokens)
+
+    def micro_batches(self, record: StepRecord, rows: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+        """Yields these rows in micro-batches, and whether they have a gradient; those without come last."""
         samples = record.rollout.samples
-        lengths = [len(samples[row].prompt.token_ids) + len(samples[row].token_ids) for row in rows]
-        for group in split_by_tokens(lengths, self.args.micro_batch_tokens):
-            yield [rows[i] for i in group]
+        silent = set() if self.args.needs_reference else {row for row in rows if record.advantages[row] == 0}
+        for chosen in ([row for row in rows if row not in silent], sorted(silent)):
+            lengths = [len(samples[row].prompt.token_ids) + len(samples[row].token_ids) for row in chosen]
+            for group in split_by_tokens(lengths, max_tokens(self.parts, self.args)):
+                yield [chosen[i] for i in group], chosen[0] not in silent
 
-    def _loss(self, record: StepRecord, rows: list[int], denominator: int) -> BatchLoss:
+    def loss(self, record: StepRecord, rows: list[int], denominator: int) -> BatchLoss:
         """Returns the loss of a micro-batch and what it shows."""
         args, parts, device = self.args, self.parts, self.parts.accelerator.device
         batch = collate([record.rollout.samples[row] for row in rows], parts.tokenizer.pad_token_id, device)

@@ -6,7 +6,8 @@ generalised advantage estimation, and the settings of these.
 Legend: B samples that have a reward, T tokens of the longest.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,12 @@ from remax import estimators
 from remax.batching import Batch, collate, split_by_tokens
 from remax.components import Components, Rewards
 from remax.config import ReMaxConfig
+from remax.errors import GuardStop
+from remax.guards.finite import NotFinite, Skipped
+from remax.guards.memory import MidStepStop
 from remax.interfaces import Completion, Prompt, Rollout
 from remax.learner import Learner
+from remax.methods.within_memory import OnSkip, ignore, max_tokens, within_memory
 from remax.metrics import Credit, StepRecord
 from remax.objective import BatchLoss
 
@@ -47,6 +52,26 @@ class Experience:
         return Experience([self.samples[row] for row in rows], **tensors)
 
 
+@dataclass(frozen=True)
+class Update:
+    """One of a step's updates: some of the samples, in one of the passes over all of them."""
+
+    experience: Experience
+    rows: Sequence[int]
+    """Of the experience."""
+    record: StepRecord
+    rows_of_experience: Sequence[int]
+    """Which rows of the record the experience has."""
+    epoch: int
+    number: int
+    """Within the step, from 0."""
+
+    @property
+    def rows_of_record(self) -> list[int]:
+        """Which rows of the record the update has."""
+        return [self.rows_of_experience[row] for row in self.rows]
+
+
 class PPO:
     """One step: values and reference of all samples, then num_ppo_epochs x num_mini_batches updates of both models."""
 
@@ -55,6 +80,7 @@ class PPO:
         self.parts, self.args, self.policy, self.critic = parts, args, policy, critic
         self.beta = args.beta
         self.num_steps = 0
+        self.on_skip: OnSkip = ignore
 
     def greedy_wanted(self, prompts: Sequence[Prompt]) -> list[bool]:
         """Returns for which prompts this step needs a greedy completion: none."""
@@ -76,16 +102,15 @@ class PPO:
 
     def _learn(self, record: StepRecord, rows: Sequence[int]) -> None:
         """Takes the step's updates on these samples."""
-        experience = self.experience(record, rows)
+        experience = within_memory(self.parts, self.args, record, rows, lambda: self.experience(record, rows))
         record.advantages[rows] = experience.advantages[:, 0].cpu()
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.num_steps)
         updates: list[tuple[float, ...]] = []
         for epoch in range(self.args.num_ppo_epochs):
             order = torch.randperm(len(rows), generator=generator)
             for part in order.tensor_split(min(self.args.num_mini_batches, len(rows))):
-                chosen = part.tolist()
-                recorded = [rows[i] for i in chosen] if epoch == 0 else None
-                updates.append(self._update_once(experience, chosen, record, recorded, untouched=not updates))
+                update = Update(experience, part.tolist(), record, rows, epoch=epoch, number=len(updates))
+                updates.append(self._take(update))
         record.grad_norm, *measured = (sum(column) / len(updates) for column in zip(*updates, strict=True))
         record.metrics |= dict(zip(("policy/clip_fraction", "value/loss", "value/grad_norm"), measured, strict=True))
         record.metrics["value/explained_variance"] = _explained_variance(experience)
@@ -119,74 +144,87 @@ class PPO:
             advantages = estimators.whiten(advantages, mask)
         return Experience(samples, mask, old, log_ratios, values, returns, advantages)
 
-    def _update_once(
-        self,
-        experience: Experience,
-        rows: Sequence[int],
-        record: StepRecord,
-        recorded: Sequence[int] | None,
-        *,
-        untouched: bool,
-    ) -> tuple[float, float, float, float]:
+    def _take(self, update: Update) -> tuple[float, float, float, float]:
         """Updates policy and value model on some of the samples.
-
-        recorded: where they are in the record, which the first pass over the samples completes. untouched: this is the
-        first update of the step.
 
         Returns:
             The policy's gradient norm, the fraction of its tokens outside the clip range, the value loss and its
-            gradient norm.
+            gradient norm; a norm is NaN if that update was skipped.
         """
+        experience, rows = update.experience, update.rows
         num_tokens = int(experience.mask[rows].sum())
         num_clipped, value_loss = 0, 0.0
 
         def policy_losses() -> Iterator[Tensor]:
             nonlocal num_clipped
-            for loss, outside in self._policy_losses(experience, rows, record, recorded, untouched=untouched):
+            num_clipped = 0
+            for loss, outside in self._policy_losses(update):
                 num_clipped += outside
                 yield loss
 
         def value_losses() -> Iterator[Tensor]:
             nonlocal value_loss
-            for _, batch, own in self._micro_batches(experience, rows):
-                with self.parts.accelerator.autocast():
-                    values = self.critic.network(batch)
-                losses = estimators.value_loss(
-                    values, own.old_values, own.returns, own.mask, cliprange=self.args.cliprange_value
-                )
-                loss = losses.sum() / num_tokens
+            value_loss = 0.0
+            for loss in self._value_losses(experience, rows):
                 value_loss += loss.item()
                 yield loss
 
-        policy_norm, value_norm = self.policy.update(policy_losses()), self.critic.update(value_losses())
+        policy_norm = self._guarded("policy", update, lambda: self.policy.update(policy_losses()))
+        value_norm = self._guarded("value", update, lambda: self.critic.update(value_losses()))
         return policy_norm, num_clipped / num_tokens, value_loss, value_norm
+
+    def _guarded(self, network: str, update: Update, take: Callable[[], float]) -> float:
+        """Returns what an update of one of the networks returns; NaN if it had to be skipped."""
+        record, rows = update.record, update.rows_of_record
+        try:
+            return within_memory(self.parts, self.args, record, rows, take)
+        except NotFinite as fault:
+            own = update.experience.part(update.rows, update.experience.mask.shape[1])
+            tensors = {name: value for name, value in vars(own).items() if name != "samples"}
+            self.on_skip(record, Skipped(network, fault.what, rows, update.number == 0, tensors))
+            return math.nan
+        except GuardStop as stop:
+            if update.number == 0 and network == "policy":
+                raise
+            raise MidStepStop(str(stop)) from None
 
     def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
         """Yields the policy's loss of a first pass over these rows as one mini-batch, and records what it shows."""
-        experience = self.experience(record, rows)
-        for loss, _ in self._policy_losses(experience, range(len(rows)), record, rows, untouched=True):
+        update = Update(self.experience(record, rows), range(len(rows)), record, rows, epoch=0, number=0)
+        for loss, _ in self._policy_losses(update):
             yield loss
 
-    def _policy_losses(
-        self,
-        experience: Experience,
-        rows: Sequence[int],
-        record: StepRecord,
-        recorded: Sequence[int] | None,
-        *,
-        untouched: bool,
-    ) -> Iterator[tuple[Tensor, int]]:
-        """Yields the loss of each micro-batch and how many of its tokens lie outside the clip range."""
+    def _policy_losses(self, update: Update) -> Iterator[tuple[Tensor, int]]:
+        """Yields the loss of each micro-batch and how many of its tokens lie outside the clip range.
+
+        The first pass over the samples completes the record.
+        """
+        experience, rows = update.experience, update.rows
         num_tokens = int(experience.mask[rows].sum())
-        for group, batch, own in self._micro_batches(experience, rows):
-            result, outside = self._policy_loss(own, batch, len(rows), num_tokens)
-            if recorded is not None:
+        for group, batch, own in self.micro_batches(experience, rows):
+            result, outside = self.policy_loss(own, batch, len(rows), num_tokens)
+            if update.epoch == 0:
                 share = len(rows) / len(experience.samples)
                 own_part = result._replace(loss=result.loss.detach() * share)
-                record.add([recorded[i] for i in group], own_part, untouched=untouched)
+                update.record.add([update.rows_of_record[i] for i in group], own_part, untouched=update.number == 0)
             yield result.loss, outside
 
-    def _policy_loss(self, own: Experience, batch: Batch, num_rows: int, num_tokens: int) -> tuple[BatchLoss, int]:
+    def _value_losses(self, experience: Experience, rows: Sequence[int]) -> Iterator[Tensor]:
+        """Yields the value model's loss of each micro-batch."""
+        num_tokens = int(experience.mask[rows].sum())
+        for _, batch, own in self.micro_batches(experience, rows):
+            yield self.value_loss(own, batch, num_tokens)[0]
+
+    def value_loss(self, own: Experience, batch: Batch, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Returns the value model's loss of a micro-batch and the values, [B, T] detached."""
+        with self.parts.accelerator.autocast():
+            values = self.critic.network(batch)
+        losses = estimators.value_loss(
+            values, own.old_values, own.returns, own.mask, cliprange=self.args.cliprange_value
+        )
+        return losses.sum() / num_tokens, values.detach()
+
+    def policy_loss(self, own: Experience, batch: Batch, num_rows: int, num_tokens: int) -> tuple[BatchLoss, int]:
         """Returns the clipped loss of a micro-batch and how many of its tokens lie outside the clip range."""
         args = self.args
         with self.parts.accelerator.autocast():
@@ -205,7 +243,7 @@ class PPO:
         )
         return result, int(((ratio - 1).abs() > args.cliprange).sum())
 
-    def _micro_batches(
+    def micro_batches(
         self, experience: Experience, rows: Sequence[int]
     ) -> Iterator[tuple[list[int], Batch, Experience]]:
         """Yields positions in rows, their batch, and what is known of them."""
@@ -215,7 +253,7 @@ class PPO:
     def _batches(self, samples: Sequence[Completion]) -> Iterator[tuple[list[int], Batch]]:
         """Yields the samples in micro-batches, with their positions."""
         lengths = [len(c.prompt.token_ids) + len(c.token_ids) for c in samples]
-        for group in split_by_tokens(lengths, self.args.micro_batch_tokens):
+        for group in split_by_tokens(lengths, max_tokens(self.parts, self.args)):
             chosen = [samples[i] for i in group]
             yield group, collate(chosen, self.parts.tokenizer.pad_token_id, self.parts.accelerator.device)
 

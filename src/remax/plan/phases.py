@@ -10,7 +10,7 @@ Legend: R rows that are decoded together, S samples of a step.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from remax.config import ReMaxConfig
@@ -79,6 +79,8 @@ class Moment:
     name: str
     own: list[Block]
     gradients: list[Block] = field(default_factory=list)
+    of_reference: bool = False
+    """Whether the reference is needed."""
 
 
 def predict(
@@ -87,6 +89,8 @@ def predict(
     """Returns the peak of every phase of a step, on the fullest device."""
     split = split or Split()
     found = moments(networks, args, work, split, on_gpu=device.kind == "cuda")
+    if overlaps(networks, device):
+        found += [replace(moment, phase="reward") for moment in found if moment.phase == "reference"]
     states = sum(split.states(network.counts, args) for network in networks.values())
     on_cpu = device.kind == "cpu"
     heap = round(FRAGMENTATION * max(_small([*moment.gradients, *moment.own]) for moment in found))
@@ -95,7 +99,7 @@ def predict(
         grads, own = total(moment.gradients), total(moment.own)
         if on_cpu:
             own += heap - _small([*moment.gradients, *moment.own])
-        weights = _resident(networks, args, moment.phase, split, on_cpu=on_cpu)
+        weights = _resident(networks, args, moment, split, on_cpu=on_cpu)
         peak = Peak(moment.phase, moment.name, device.base, weights, states, grads, own)
         if moment.phase not in peaks or peak.total > peaks[moment.phase].total:
             peaks[moment.phase] = peak
@@ -116,8 +120,13 @@ def _small(blocks: list[Block]) -> int:
     return total([block for block in blocks if block.size < HEAP_LIMIT])
 
 
-def _resident(networks: Mapping[str, Network], args: ReMaxConfig, phase: str, split: Split, *, on_cpu: bool) -> int:
-    """Returns the bytes of the weights that are on the device in a phase.
+def overlaps(networks: Mapping[str, Network], device: Device) -> bool:
+    """Whether the reference runs while rewards are computed: on a GPU, if they all are functions."""
+    return device.kind == "cuda" and not any(name.startswith("reward") for name in networks)
+
+
+def _resident(networks: Mapping[str, Network], args: ReMaxConfig, moment: Moment, split: Split, *, on_cpu: bool) -> int:
+    """Returns the bytes of the weights that are on the device at a moment.
 
     On a CPU nothing can be moved away. There, a reward model's weights are pages of its file, which takes memory where
     it is read: not at the embedding, unless PPO's value model is copied from it, and still where layers were cast.
@@ -125,7 +134,7 @@ def _resident(networks: Mapping[str, Network], args: ReMaxConfig, phase: str, sp
     held = 0
     for name, network in networks.items():
         own, is_reward, is_reference = network.counts, name.startswith("reward"), name == "reference"
-        needed = (is_reward and phase == "reward") or (is_reference and phase == "reference")
+        needed = (is_reward and moment.name == "scoring") or (is_reference and moment.of_reference)
         placement = args.reward_placement if is_reward else args.reference_placement if is_reference else "resident"
         if on_cpu or needed or placement == "resident":
             held += split.weights(name, own, args)
@@ -197,8 +206,8 @@ def _reference(
     states = Block(1, 4 * rows * work.completion_length * w.hidden)
     logits = formulas.reference_temporaries(w, rows * work.completion_length, on_gpu=on_gpu)
     return [
-        Moment("reference", "layers", [*read, *gathered]),
-        Moment("reference", "logits", [states, *logits, *gathered]),
+        Moment("reference", "layers", [*read, *gathered], of_reference=True),
+        Moment("reference", "logits", [states, *logits, *gathered], of_reference=True),
     ]
 
 

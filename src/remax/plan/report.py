@@ -7,7 +7,7 @@ from rich.text import Text
 from remax.plan.command import Plan
 from remax.plan.phases import largest
 from remax.plan.proposals import Proposal
-from remax.progress import printable
+from remax.untrusted import printable
 
 GIB = 2**30
 WIDTH = 120

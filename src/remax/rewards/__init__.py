@@ -1,17 +1,21 @@
-"""Rewards: learned (model), programmed (functions), and how several become one number."""
+"""Rewards: learned (model), programmed (functions, isolation), remote, and how several become one number."""
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remax.errors import UserError
 from remax.interfaces import Completion, RewardFunction
 from remax.rewards.functions import CallableReward, load_reward_function
-from remax.rewards.model import RewardModel
+from remax.rewards.programmed import ProgrammedReward
 from remax.rewards.text import require_chat_template, reward_input_ids
+
+if TYPE_CHECKING:
+    from remax.rewards.model import RewardModel
 
 __all__ = [
     "CallableReward",
+    "ProgrammedReward",
     "RewardModel",
     "Scores",
     "load_reward_function",
@@ -23,6 +27,15 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> Any:
+    """Imports torch when a reward model is asked for: the processes of reward functions start without it."""
+    if name != "RewardModel":
+        raise AttributeError(f"module 'remax.rewards' has no attribute {name!r}")
+    from remax.rewards.model import RewardModel
+
+    return RewardModel
+
+
 class Scores(NamedTuple):
     """Rewards of a number of completions, in their order; NaN where there is none."""
 
@@ -30,6 +43,8 @@ class Scores(NamedTuple):
     """The weighted sum over the functions that apply."""
     by_function: dict[str, list[float]]
     """Each function's own rewards, unweighted."""
+    num_failed: dict[str, int]
+    """For how many completions each function failed (NaN or infinite); that it does not apply (None) is no failure."""
 
 
 def score(functions: Sequence[RewardFunction], weights: Sequence[float], completions: Sequence[Completion]) -> Scores:
@@ -45,7 +60,11 @@ def score(functions: Sequence[RewardFunction], weights: Sequence[float], complet
     total = [_total(values, weights) for values in zip(*columns, strict=True)] or [math.nan] * len(completions)
     names = unique_names(functions)
     by_function = {name: [_finite(value) for value in values] for name, values in zip(names, columns, strict=True)}
-    return Scores(total, by_function)
+    num_failed = {
+        name: sum(value is not None and not math.isfinite(value) for value in values)
+        for name, values in zip(names, columns, strict=True)
+    }
+    return Scores(total, by_function, num_failed)
 
 
 def _total(values: Sequence[float | None], weights: Sequence[float]) -> float:
@@ -79,6 +98,6 @@ def resolve_weights(weights: Sequence[float], num_functions: int) -> list[float]
     if len(weights) != num_functions:
         raise UserError(
             f"--reward_weights has {len(weights)} numbers: there are {num_functions} rewards; set one for each, "
-            "--reward_model first, then --reward_funcs in order."
+            "--reward_model first, then --reward_funcs in order, then --reward_url."
         )
     return list(weights)

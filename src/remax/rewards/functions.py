@@ -1,29 +1,42 @@
 """Programmed rewards: Python functions with TRL's signature, given as objects or as `file.py:function`."""
 
 import asyncio
+import concurrent.futures
 import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import threading
 import traceback
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from remax.errors import UserError
 from remax.interfaces import Completion
+from remax.rewards.programmed import ProgrammedReward
+from remax.untrusted import shown
 
-FAILED = float("nan")
-"""What a sample gets if its function raised: None would mean "does not apply" and leave the other rewards to stand."""
+SECONDS_TO_CANCEL = 1.0
+"""How long an async function may take to end after it was cancelled."""
 
 
-class CallableReward:
+class Result(NamedTuple):
+    """What one call of a function gave."""
+
+    rewards: list[float | None]
+    metrics: dict[str, list[float]]
+    """What it logged with log_metric, by name."""
+    extra: dict[str, list[Any]]
+    """What it logged with log_extra, by column."""
+
+
+class CallableReward(ProgrammedReward):
     """Calls f(prompts, completions, completion_ids, **columns) -> list[float | None], sync or async, as TRL does.
 
     All arguments are keywords and lists with one item per completion; every dataset column is one of them. Besides,
@@ -32,19 +45,16 @@ class CallableReward:
 
     If the function raises, all of its completions get NaN, which leaves them out of the loss; num_failures counts
     them, and each distinct error (by type and place) is warned of once. A UserError passes.
+
+    The function runs in this process. An async one is cancelled after timeout_seconds; one that is not async cannot be
+    stopped from here and has no limit: IsolatedReward gives it one.
     """
 
-    def __init__(self, function: Callable[..., Any], *, name: str | None = None) -> None:
-        """Takes the function; name is by default its own."""
+    def __init__(self, function: Callable[..., Any], *, name: str | None = None, timeout_seconds: float = 0.0) -> None:
+        """Takes the function; name is by default its own. timeout_seconds: 0 for no limit."""
         self.function = function
         inner = function.func if isinstance(function, functools.partial) else function
-        self.name = str(name or getattr(inner, "__name__", type(inner).__name__))
-        self.trainer_state: Any = None
-        """What the function gets as trainer_state; the trainer sets it."""
-        self.num_failures = 0
-        self._errors: set[tuple[Any, ...]] = set()
-        self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._extra: dict[str, list[Any]] = defaultdict(list)
+        super().__init__(str(name or getattr(inner, "__name__", type(inner).__name__)), timeout_seconds)
 
     def __call__(self, completions: Sequence[Completion]) -> list[float | None]:
         """Returns one reward per completion, in order; None where the function does not apply, NaN where it raised.
@@ -52,30 +62,32 @@ class CallableReward:
         Raises:
             UserError: the function cannot be called with these columns, or returned anything but numbers and None.
         """
-        arguments = self._arguments(completions)
         try:
-            returned = self.function(**arguments)
-            if inspect.isawaitable(returned):
-                returned = asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop()).result()
+            result = self.call(completions)
         except UserError:
             raise
-        except Exception as error:
-            self.num_failures += len(completions)
-            self._warn_once(error)
-            return [FAILED] * len(completions)
-        return self._checked(returned, len(completions))
+        except (Exception, SystemExit) as error:
+            return self._missing(len(completions), *describe_error(error))
+        self._log(result.metrics, result.extra)
+        return result.rewards
 
-    def pop_metrics(self) -> dict[str, float]:
-        """Returns the mean of every metric that the function logged since the last call."""
-        metrics = {name: sum(values) / len(values) for name, values in self._metrics.items()}
-        self._metrics.clear()
-        return metrics
+    def call(self, completions: Sequence[Completion]) -> Result:
+        """Returns what the function gives and logs for these completions; its exceptions pass.
 
-    def pop_extra(self) -> dict[str, list[Any]]:
-        """Returns the columns that the function logged since the last call, in the order of the completions."""
-        extra = dict(self._extra)
-        self._extra.clear()
-        return extra
+        Raises:
+            UserError: the function cannot be called with these columns, or returned anything but numbers and None.
+        """
+        metrics: dict[str, list[float]] = defaultdict(list)
+        extra: dict[str, list[Any]] = defaultdict(list)
+        arguments = self._arguments(completions)
+        logging = {
+            "log_extra": lambda column, values: extra[column].extend(values),
+            "log_metric": lambda name, value: metrics[name].append(float(value)),
+        }
+        returned = self.function(**arguments | {name: log for name, log in logging.items() if name in arguments})
+        if inspect.isawaitable(returned):
+            returned = _wait_for(returned, self.timeout_seconds)
+        return Result(self._checked(returned, len(completions)), metrics, extra)
 
     def _arguments(self, completions: Sequence[Completion]) -> dict[str, Any]:
         columns = completions[0].prompt.columns if completions else {}
@@ -89,8 +101,8 @@ class CallableReward:
             "completions": [c.content for c in completions],
             "completion_ids": [c.token_ids for c in completions],
             "trainer_state": self.trainer_state,
-            "log_extra": lambda column, values: self._extra[column].extend(values),
-            "log_metric": lambda name, value: self._metrics[name].append(float(value)),
+            "log_extra": None,
+            "log_metric": None,
         }
         try:
             signature = inspect.signature(self.function)
@@ -125,27 +137,66 @@ class CallableReward:
             return None
         if not isinstance(value, bool | int | float):
             raise UserError(f"--reward_funcs has {self.name}: one reward is {_described(value)}; {expected}.")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number beyond the largest float
+            return math.inf
 
-    def _warn_once(self, error: Exception) -> None:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        key = (type(error), place.filename, place.lineno)
-        if key not in self._errors:
-            self._errors.add(key)
-            warnings.warn(
-                f"{self.name} raised {type(error).__name__}: {error} ({Path(place.filename).name}, line "
-                f"{place.lineno}); its completions have no reward and are left out.",
-                stacklevel=3,
-            )
+
+def describe_error(error: BaseException) -> tuple[str, tuple[Any, ...]]:
+    """Returns what a function's error is, in words, and what tells it from others: its type and place."""
+    if isinstance(error, TookTooLong):
+        return str(error), (TookTooLong.__name__,)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    return f"raised {type(error).__name__}: {shown(error)} ({where})", (type(error).__name__, where)
 
 
 def _described(value: Any) -> str:
-    text = repr(value)
-    return f"a {type(value).__name__} ({text if len(text) <= 60 else text[:57] + '...'})"
+    return f"a {type(value).__name__} ({shown(repr(value), 60)})"
 
 
-async def _awaited(awaitable: Any) -> Any:
-    return await awaitable
+# Async functions ------------------------------------------------------------------------------------------------------
+
+
+class TookTooLong(Exception):
+    """A call exceeded its limit."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"took longer than the {seconds:g} s of --reward_timeout_seconds")
+
+
+def _wait_for(awaitable: Any, seconds: float) -> Any:
+    """Returns what an awaitable gives; cancels it after so many seconds, unless they are 0.
+
+    Raises:
+        TookTooLong: it took longer.
+    """
+    future = asyncio.run_coroutine_threadsafe(_limited(awaitable, seconds), _event_loop())
+    try:
+        return future.result(seconds + SECONDS_TO_CANCEL if seconds else None)
+    except concurrent.futures.TimeoutError:
+        if future.done():  # It is the function's own.
+            raise
+        # The function blocks the loop instead of waiting in it: it cannot be cancelled, only left behind.
+        _event_loop.cache_clear()
+        raise TookTooLong(seconds) from None
+
+
+async def _limited(awaitable: Any, seconds: float) -> Any:
+    task = asyncio.ensure_future(_without_exit(awaitable))
+    done, _ = await asyncio.wait({task}, timeout=seconds or None)
+    if not done:
+        task.cancel()
+        raise TookTooLong(seconds)
+    return task.result()
+
+
+async def _without_exit(awaitable: Any) -> Any:
+    try:
+        return await awaitable
+    except SystemExit as error:  # It would end the loop, and later calls would wait for ever.
+        raise RuntimeError(f"it asked to exit ({error})") from error
 
 
 @functools.cache
@@ -165,9 +216,7 @@ def load_reward_function(spec: str) -> CallableReward:
     Raises:
         UserError: there is no such file or module, it cannot be imported, or has no such function.
     """
-    source, separator, name = spec.rpartition(":")
-    if not (source and separator and name):
-        raise UserError(f"--reward_funcs has {spec}: that names no function; set path/to/file.py:function.")
+    source, name = split_spec(spec)
     module = _module_from_file(source, spec) if source.endswith(".py") else _module_by_name(source, spec)
     function = vars(module).get(name)
     if function is None:
@@ -178,10 +227,22 @@ def load_reward_function(spec: str) -> CallableReward:
     return CallableReward(function, name=name)
 
 
+def split_spec(spec: str) -> tuple[str, str]:
+    """Returns the file or module and the function that a text names, having checked what needs no import.
+
+    Raises:
+        UserError: it names no function, or there is no such file.
+    """
+    source, separator, name = spec.rpartition(":")
+    if not (source and separator and name):
+        raise UserError(f"--reward_funcs has {spec}: that names no function; set path/to/file.py:function.")
+    if source.endswith(".py") and not Path(source).expanduser().is_file():
+        raise UserError(f"--reward_funcs has {spec}: there is no file {source}; set path/to/file.py:function.")
+    return source, name
+
+
 def _module_from_file(source: str, spec: str) -> ModuleType:
     path = Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(f"--reward_funcs has {spec}: there is no file {source}; set path/to/file.py:function.")
     _make_importable(path.resolve().parent)
     # A name that cannot clash with the user's other modules; in sys.modules, or its classes could not be pickled.
     module_name = f"remax_reward_{path.stem}"
@@ -192,7 +253,7 @@ def _module_from_file(source: str, spec: str) -> ModuleType:
     sys.modules[module_name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise _import_error(error, spec, str(path)) from error
     return module
@@ -202,7 +263,7 @@ def _module_by_name(source: str, spec: str) -> ModuleType:
     _make_importable(Path.cwd())
     try:
         return importlib.import_module(source)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _import_error(error, spec, source) from error
 
 
@@ -212,7 +273,7 @@ def _make_importable(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
-def _import_error(error: Exception, spec: str, source: str) -> UserError:
+def _import_error(error: BaseException, spec: str, source: str) -> UserError:
     if isinstance(error, SyntaxError):
         reason = f"{error.msg}, line {error.lineno}"
     else:

@@ -60,9 +60,16 @@ def decoding_kernels(model: nn.Module, num_new_tokens: int) -> Iterator[None]:
 
 def _lean_body(model: Any) -> Any:
     """Returns the body of a model whose single tokens can go past its modules; None if they cannot."""
-    body = getattr(model, "base_model", None)
+    body = getattr(model, "base_model", model)
     in_float32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    return body if in_float32 and body is not model and can_be_lean(body) else None
+    return body if body is not model and in_float32 and _attends_plainly(body) and can_be_lean(body) else None
+
+
+def _attends_plainly(body: Any) -> bool:
+    """Whether attention is the plain one: no function that somebody registered or put in its place."""
+    if ALL_ATTENTION_FUNCTIONS.get("sdpa") is not sdpa_attention_forward:
+        return False
+    return body.config._attn_implementation in ("sdpa", "eager")
 
 
 def _linear_layers(model: nn.Module) -> list[Any]:

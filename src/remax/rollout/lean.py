@@ -92,7 +92,7 @@ def can_be_lean(body: Any) -> bool:
     """Whether `_Layer` computes what the body's layers compute: plain modules of a known model, without hooks."""
     if type(body).__name__ not in _MODELS or 2 * body.rotary_emb.inv_freq.numel() != body.layers[0].self_attn.head_dim:
         return False
-    modules = [module for layer in body.layers for module in layer.modules()]
+    modules = list(body.modules())
     projections = [module for module in modules if hasattr(module, "in_features")]
     return all(type(module) is nn.Linear for module in projections) and not any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in modules

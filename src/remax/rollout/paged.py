@@ -135,9 +135,9 @@ class PagedEngine:
         manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([choice]))
         manager.logit_processor.tensors_required = 1
         outputs: dict[int, Any] = {}
-        manager.warmup()
-        manager.start()
         try:
+            manager.warmup()
+            manager.start()
             for row in sorted(range(len(completions)), key=lengths.__getitem__, reverse=True):
                 manager.add_request(completions[row].prompt.token_ids, request_id=str(row), eos_token_id=eos)
             while len(outputs) < len(completions):

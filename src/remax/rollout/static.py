@@ -8,6 +8,7 @@ Legend: R rows (one per completion), N slots that take part in a step, of which 
 greedy, W columns of the longest prompt, T completion length, V vocabulary.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -176,7 +177,7 @@ class _CudaRecorder:
     """What of it only runs on CUDA. All recordings share one pool of memory, for only one is replayed at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _recording_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Callable[[], None]) -> bool:
@@ -213,16 +214,26 @@ class _CudaRecorder:
             enabled=torch.is_autocast_enabled("cuda"),
             cache_enabled=False,
         )
+        current = torch.cuda.current_stream()
         try:
             with autocast, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 step()
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            torch.cuda.set_stream(current)  # Leaving a broken recording raises before it would do that itself.
+            torch.cuda.synchronize()
+            cause = error.__context__ or error
+            if isinstance(cause, torch.cuda.OutOfMemoryError):
+                raise cause from None
+            reason = str(cause).splitlines()[0]
             warnings.warn(f"Decoding goes on without CUDA graphs, for recording one failed: {reason}", stacklevel=2)
             return None
         return graph.replay
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> Any:
+    """Returns one stream for all recordings: each stream has blocks of memory of its own."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _recorder(device: torch.device) -> _CudaRecorder | None:

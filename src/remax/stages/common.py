@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers.integrations import get_available_reporting_integrations
 
+from remax.checkpoint.run import Run
 from remax.config import DPOConfig, RewardConfig, SFTConfig
 from remax.data import check_tokenizer, eos_token_ids, load_preferences
 from remax.errors import UserError
@@ -29,6 +31,7 @@ from remax.models import (
 from remax.optimisers import check_optimiser
 from remax.recording import RunFolder
 from remax.rewards import reward_input_ids
+from remax.stages.saving import Saving, naming_failures, stage_fingerprints
 
 StageConfig = SFTConfig | RewardConfig | DPOConfig
 
@@ -120,7 +123,7 @@ def trainer_arguments(arguments_class: ArgumentsClass, config: StageConfig, **ow
                 logging_nan_inf_filter=False,
                 # It is written into the config of the model that is saved; TRL turns the cache off by itself.
                 use_cache=True,
-                save_strategy="no",
+                save_strategy="no",  # Saving decides when.
                 eval_strategy="no",
                 disable_tqdm=True,
                 **own,
@@ -225,8 +228,26 @@ def position_limit(model: Any, config: StageConfig) -> int:
     return int(min(positions, config.max_length))
 
 
+def open_run(config: StageConfig, settings: Mapping[str, Any], *, kind: str) -> Run:
+    """Returns the run that a stage begins or goes on with; nothing is written yet.
+
+    Raises:
+        UserError: the folder cannot be used, or holds no run to go on with.
+    """
+    return Run(RunFolder(config.output_dir, resumes=config.resume != "none"), config, settings, kind=kind)
+
+
+def finished_metrics(run: Run) -> dict[str, float]:
+    """Returns, and says, what a finished run has measured."""
+    say(f"The run in {run.folder.path} is finished: nothing is left to do.")
+    metrics = {"loss": statistics.fmean(line["loss"] for line in run.folder.read("metrics.jsonl"))}
+    file = run.folder.path / "eval.json"
+    quality = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return metrics | {f"eval/{name}": value for name, value in quality.items()}
+
+
 def train(
-    make_trainer: Callable[[], Any], model: Any, folder: RunFolder, config: StageConfig, run_config: Mapping[str, Any]
+    make_trainer: Callable[[], Any], model: Any, run: Run, config: StageConfig, run_config: Mapping[str, Any]
 ) -> tuple[Any, Any, float]:
     """Makes a TRL trainer of the model, and writes the run's folder while it trains.
 
@@ -235,7 +256,9 @@ def train(
 
     Raises:
         UserError: no example is left to train on, and nothing was written; or the loss is not finite any more.
+        Interrupted: Ctrl-C or SIGTERM came; the step was finished, the state is saved.
     """
+    folder, checkpoint, begun = run.folder, run.start.checkpoint, False
     base = base_of(model)
     own_forward = vars(base).get("forward")
     trainer = None
@@ -246,22 +269,35 @@ def train(
                 raise UserError(
                     f"--max_length is {config.max_length}: no example of --train_dataset is left; set a larger one."
                 )
+            run.check_same(stage_fingerprints(base, trainer.train_dataset))
             PartialState().wait_for_everyone()
             if PartialState().is_main_process:
-                folder.create(run_config)
+                run.begin(run_config, signals=PartialState().num_processes == 1)
+            begun = True
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.add_callback(MetricsLog(folder, config.logging_steps, config.learning_rate))
-            result = trainer.train()
+            trainer.add_callback(Saving(run))
+            trainer._save_checkpoint = naming_failures(trainer._save_checkpoint, folder)
+            trainer.create_model_card = lambda *args, **kwargs: None  # With every checkpoint, into the run's folder.
+            if checkpoint is not None:  # TRL's own count would begin at 0 again.
+                trainer._total_train_tokens = int(folder.read("metrics.jsonl")[-1].get("num_tokens", 0))
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except BaseException:
-            if trainer is None or trainer.state.global_step == 0:
-                folder.discard()  # transformers creates the folder early
+            if not begun:
+                folder.discard_empty()  # transformers creates the folder early
+            elif checkpoint is None and trainer is not None and trainer.state.global_step == 0:
+                folder.discard()
             raise
+        finally:
+            run.end()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     # TRL puts a forward of its own on the model, which must not outlive the trainer.
     vars(base).pop("forward", None)
     if own_forward is not None:
         base.forward = own_forward
-    return trainer, model, float(result.training_loss)
+    # Not what TRL returns: it forgets the steps before a checkpoint.
+    losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+    return trainer, model, statistics.fmean(losses)
 
 
 def run_settings(config: StageConfig, model: Any, run_config: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -16,11 +16,12 @@ from remax.config import DPOConfig
 from remax.interfaces import Completion, Prompt, Sampling
 from remax.logprobs import CompletionScorer
 from remax.models import adapter_is_new, copy_as_reference, disable_dropout
-from remax.recording import RunFolder
 from remax.stages.common import (
     base_of,
+    finished_metrics,
     load_pairs,
     name_of,
+    open_run,
     policy_to_train,
     position_limit,
     run_settings,
@@ -79,7 +80,11 @@ def run_dpo(
         UserError: a setting, dataset or model cannot be used, and nothing was written; or the loss is not finite any
             more.
     """
-    folder = RunFolder(config.output_dir)
+    base_name, settings = name_of(model), run_settings(config, model, run_config)
+    run = open_run(config, settings, kind="dpo")
+    if run.finished:
+        return finished_metrics(run)
+    folder = run.folder
     own = {"beta": config.beta, "loss_type": ["sigmoid"], "max_length": None, "disable_dropout": False}
     arguments = trainer_arguments(trl.DPOConfig, config, **own)
     train_dataset = load_pairs(train_dataset, flag="--train_dataset")
@@ -88,7 +93,6 @@ def run_dpo(
     stop_ids = [] if isinstance(train_dataset[0]["chosen"], str) else [chat_stop_id(tokenizer)]
 
     transformers.set_seed(config.seed)
-    base_name, settings = name_of(model), run_settings(config, model, run_config)
     model = policy_to_train(model, config)
     disable_dropout(model)
     limit = position_limit(model, config)
@@ -106,7 +110,7 @@ def run_dpo(
             model.delete_adapter("ref")
         return trainer
 
-    _, model, loss = train(make_trainer, model, folder, config, settings)
+    _, model, loss = train(make_trainer, model, run, config, settings)
     metrics = {"loss": loss}
     lines = [f"`{base_name}` after direct preference optimisation on {len(train_pairs)} pairs, beta {config.beta}."]
     if eval_pairs is None:

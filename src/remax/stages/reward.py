@@ -14,11 +14,12 @@ from peft import PeftModel
 from remax.config import RewardConfig
 from remax.errors import UserError
 from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model, save_model
-from remax.recording import RunFolder
 from remax.rewards import RewardModel, require_chat_template
 from remax.stages.common import (
+    finished_metrics,
     load_pairs,
     name_of,
+    open_run,
     position_limit,
     run_settings,
     say,
@@ -68,7 +69,11 @@ def run_reward(
     Raises:
         UserError: a setting, dataset or model cannot be used; nothing was written.
     """
-    folder = RunFolder(config.output_dir)
+    base_name, settings = name_of(model), run_settings(config, model, run_config)
+    run = open_run(config, settings, kind="reward")
+    if run.finished:
+        return finished_metrics(run)
+    folder = run.folder
     # Dropout is turned off in the model before an adapter is added: TRL would turn off --lora_dropout, too.
     own = {"max_length": None, "disable_dropout": False, "dataset_num_proc": None, "center_rewards_coefficient": None}
     arguments = trainer_arguments(trl.RewardConfig, config, **own)
@@ -79,7 +84,6 @@ def run_reward(
         require_chat_template(tokenizer, flag="--model")
 
     transformers.set_seed(config.seed)
-    base_name, settings = name_of(model), run_settings(config, model, run_config)
     model = _prepared(model, config, tokenizer)
     limit = position_limit(model, config)
     train_pairs = tokenise_pairs(train_dataset, tokenizer, limit, flag="--train_dataset")
@@ -89,7 +93,7 @@ def run_reward(
         rows = datasets.Dataset.from_dict(train_pairs._asdict())
         return trl.RewardTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
 
-    _, model, loss = train(make_trainer, model, folder, config, settings)
+    _, model, loss = train(make_trainer, model, run, config, settings)
     metrics = {"loss": loss}
     if eval_pairs is None:
         say("No --eval_dataset was given: nothing held-out was measured, so nobody knows how well the model ranks.")

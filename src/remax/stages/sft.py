@@ -12,9 +12,10 @@ from remax.config import SFTConfig
 from remax.data import check_columns
 from remax.data.records import check_format
 from remax.errors import UserError
-from remax.recording import RunFolder
 from remax.stages.common import (
+    finished_metrics,
     name_of,
+    open_run,
     policy_to_train,
     position_limit,
     run_settings,
@@ -56,7 +57,11 @@ def run_sft(
     Raises:
         UserError: a setting, dataset or model cannot be used; nothing was written.
     """
-    folder = RunFolder(config.output_dir)
+    base_name, settings = name_of(model), run_settings(config, model, run_config)
+    run = open_run(config, settings, kind="sft")
+    if run.finished:
+        return finished_metrics(run)
+    folder = run.folder
     arguments = trainer_arguments(trl.SFTConfig, config, packing=False, dataset_num_proc=None, loss_type="nll")
     train_dataset = as_examples(train_dataset, flag="--train_dataset")
     eval_dataset = None if eval_dataset is None else as_examples(eval_dataset, flag="--eval_dataset")
@@ -64,7 +69,6 @@ def run_sft(
     stop_ids = [] if _is_text(train_dataset) else [chat_stop_id(tokenizer)]
 
     transformers.set_seed(config.seed)
-    base_name, settings = name_of(model), run_settings(config, model, run_config)
     model = policy_to_train(model, config)
     arguments.max_length = position_limit(model, config)
 
@@ -75,7 +79,7 @@ def run_sft(
         _say_what_is_cut(trainer.train_dataset, len(train_dataset), arguments.max_length)
         return trainer
 
-    trainer, model, loss = train(make_trainer, model, folder, config, settings)
+    trainer, model, loss = train(make_trainer, model, run, config, settings)
     metrics = {"loss": loss}
     if trainer.eval_dataset is None:
         say("No --eval_dataset was given: nothing held-out was measured.")

@@ -1,0 +1,124 @@
+"""What a skipped update leaves behind, so that it can be taken apart later.
+
+OUT/dumps/step-000007/
+    state.json               cause, step, settings, and what is text or a list: prompts and completions
+    samples.safetensors      of the update's samples: log-probabilities, rewards, advantages, reference
+    policy.safetensors       the trainable weights as they were before the update (of LoRA: the adapter)
+    value_model.safetensors  likewise, if the value model's update was skipped
+    manifest.json            sizes and checksums
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from remax.checkpoint.files import FACTS, problem_of, read_facts, write_checkpoint, write_json
+from remax.errors import UserError
+from remax.guards.finite import Skipped
+from remax.metrics import StepRecord
+
+FOLDER = "dumps"
+MAX_DUMPS = 3
+"""A run keeps no more: each has the size of the weights, and the first ones show where it begins."""
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A skipped update as it was read."""
+
+    path: Path
+    facts: Mapping[str, Any]
+    samples: Mapping[str, Tensor]
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """Returns the weights of a network by parameter."""
+        return load_file(self.path / f"{name}.safetensors")
+
+
+def write_dump(
+    folder: Path, record: StepRecord, skipped: Skipped, networks: Mapping[str, nn.Module], facts: Mapping[str, Any]
+) -> Path | None:
+    """Writes a dump into a run's folder and returns where; None if the run has as many as it keeps.
+
+    networks: by the name of their file.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    path = folder / FOLDER / f"step-{record.step:06d}"
+    others = [other for other in (folder / FOLDER).glob("step-*") if other != path]
+    if len(others) >= MAX_DUMPS:
+        return None
+    shutil.rmtree(path, ignore_errors=True)  # Of a run that went back to a checkpoint before this step.
+    samples = [record.rollout.samples[row] for row in skipped.rows]
+    texts = [
+        {
+            "row": row,
+            "prompt_index": sample.prompt.index,
+            "sample_index": sample.sample_index,
+            "prompt": sample.prompt.content,
+            "prompt_ids": sample.prompt.token_ids,
+            "completion": sample.text,
+            "completion_ids": sample.token_ids,
+            "truncated": sample.truncated,
+        }
+        for row, sample in zip(skipped.rows, samples, strict=True)
+    ]
+    about = {
+        "step": record.step,
+        "cause": skipped.cause,
+        "network": skipped.network,
+        "first_update": skipped.first,
+        "learning_rate": record.learning_rate,
+    }
+
+    def fill(partial: Path) -> None:
+        save_file(_tensors(record, skipped), partial / "samples.safetensors")
+        for name, network in networks.items():
+            weights = {n: p.detach().cpu().contiguous() for n, p in network.named_parameters() if p.requires_grad}
+            save_file(weights, partial / f"{name}.safetensors")
+        write_json(partial / FACTS, {**about, **facts, "samples": texts})
+
+    write_checkpoint(path, fill)
+    return path
+
+
+def _tensors(record: StepRecord, skipped: Skipped) -> dict[str, Tensor]:
+    """Returns the numbers of the update's samples; those of tokens one after the other, row by row."""
+    rows = list(skipped.rows)
+    logprobs = [value for row in rows for value in record.rollout.samples[row].logprobs]
+    tensors = {
+        "logprobs": torch.tensor(logprobs),
+        "rewards": record.rewards.sampled[rows],
+        "advantages": record.advantages[rows],
+    }
+    if record.ref_logprobs is not None:
+        tensors["ref_logprobs"] = torch.cat([record.ref_logprobs[row] for row in rows])
+    tensors |= {f"experience/{name}": value for name, value in skipped.tensors.items()}
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def read_dump(path: str) -> Dump:
+    """Returns a dump, having made sure that nothing in it has changed.
+
+    Raises:
+        UserError: it is none, or not as it was written.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"--dump is {path}: there is no such folder; set one in the dumps of a run.")
+    problem = problem_of(folder)
+    if problem is None and not (folder / "samples.safetensors").is_file():
+        problem = "samples.safetensors is missing"
+    if problem is not None:
+        raise UserError(f"--dump is {path}: {problem}, so it is no dump that can be replayed; set another one.")
+    facts = read_facts(folder)
+    if "network" not in facts or "samples" not in facts:
+        raise UserError(f"--dump is {path}: that is something else than a dump; set a folder in the dumps of a run.")
+    return Dump(folder, facts, load_file(folder / "samples.safetensors"))

@@ -1,0 +1,70 @@
+"""Checkpoints of the supervised stages: transformers' own, sealed and rotated like those of `remax train`."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from remax.checkpoint.files import FACTS, path_of, publish, rotate, write_json
+from remax.checkpoint.run import Run
+from remax.checkpoint.state import digest_of_values, fingerprint
+from remax.recording import RunFolder
+
+PICKLE = "training_args.bin"
+"""What transformers writes beside its state and nobody reads; a pickle."""
+ROWS = 64
+"""How many rows a fingerprint of a dataset looks at."""
+
+
+class Saving(transformers.TrainerCallback):  # type: ignore[misc]
+    """Has the state saved when it is time to, and makes a checkpoint of what transformers wrote."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decides whether the state is saved after this step."""
+        control.should_save = self.run.due(state.global_step, ended=state.global_step >= state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seals what was written.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM came during the step.
+        """
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = self.run.folder
+            written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            with folder.writing(f"the checkpoint of step {state.global_step}"):
+                (written / PICKLE).unlink(missing_ok=True)
+                facts = {"step": state.global_step, "ended": state.global_step >= state.max_steps}
+                write_json(written / FACTS, {**self.run.facts(), **facts})
+                publish(written, path_of(folder.path, state.global_step))
+                rotate(folder.path, self.run.options.save_total_limit, None)
+        PartialState().wait_for_everyone()
+        self.run.raise_if_stopped(state.global_step)
+
+
+def naming_failures(save: Callable[..., None], folder: RunFolder) -> Callable[..., None]:
+    """Returns a trainer's _save_checkpoint whose failures on a full disk are one sentence, a UserError."""
+
+    def named(*args: Any, **kwargs: Any) -> None:
+        with folder.writing("a checkpoint"):
+            try:
+                save(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # What torch.save makes of an error of the system.
+                raise OSError(str(error)) from error
+
+    return named
+
+
+def stage_fingerprints(model: Any, rows: Any) -> Mapping[str, str]:
+    """Returns what tells another model or other examples from those of the run."""
+    some = [rows[index] for index in range(0, len(rows), max(1, len(rows) // ROWS))]
+    return {"the model": fingerprint(model, without="lora_"), "the examples": digest_of_values([len(rows), *some])}

@@ -1,0 +1,385 @@
+"""Faults in the middle of a training: what is skipped or done again, exactly as if nothing had happened."""
+
+import gc
+import json
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
+
+from faults import NaNLayer, OutOfMemory, in_gradient, not_in_gradient
+from remax.cli import main
+from remax.errors import GuardStop, UserError
+from remax.guards.memory import MemoryGuard, MidStepStop, is_out_of_memory
+from remax.rewards import RewardModel
+from toy_tokenizers import PAD, toy_tokenizer
+from toy_training import calm_policy, lively, make_trainer, policy, read
+
+PPO = {"method": "ppo", "num_ppo_epochs": 2, "num_mini_batches": 2, "batch_size": 8}
+METHODS: dict[str, dict[str, Any]] = {"remax": {"beta": 0.2}, "ppo": {**PPO, "beta": 0.2}}
+
+
+class At(TrainerCallback):
+    """Switches a layer on for some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+        self.layer: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.layer.on = state.global_step + 1 in self.steps
+
+
+def with_nan(folder: Path, *steps: int, **settings: Any) -> Any:
+    """A trainer whose policy gives NaN in the gradient passes of these steps."""
+    at = At(*steps)
+    trainer = make_trainer(folder, lively, callbacks=[at], **settings)
+    at.layer = NaNLayer(trainer.parts.policy.model.norm)
+    return trainer
+
+
+def weights(trainer: Any) -> torch.Tensor:
+    networks = [trainer.parts.policy] + ([trainer.method.critic.network] if trainer.args.method == "ppo" else [])
+    return torch.cat([p.detach().flatten() for network in networks for p in network.parameters()])
+
+
+def dumps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "dumps").glob("*"))
+
+
+# Not finite -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_moments_and_goes_on_with_the_schedule(tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "lr_scheduler_type": "linear", "beta": 0.2}
+    trainer = with_nan(tmp_path / "nan", 2, **settings)
+    trainer.train()
+
+    without = make_trainer(tmp_path / "without", lively, **settings)
+    update = without.method.update
+    without.method.update = lambda record: None if record.step == 2 else update(record)
+    without.train()
+    assert torch.equal(weights(trainer), weights(without))
+    moments, others = (t.policy.optimizer.state_dict()["state"] for t in (trainer, without))
+    for index, state in moments.items():
+        assert all(torch.equal(value, others[index][name]) for name, value in state.items())
+        assert state["step"] == 3
+
+    lines, expected = (read(tmp_path / name / "metrics.jsonl") for name in ("nan", "without"))
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
+    assert [line["learning_rate"] for line in lines] == [line["learning_rate"] for line in expected]
+    assert [line["grad_norm"] is None for line in lines] == [False, True, False, False]
+    assert lines[1]["loss"] is None
+    for line, other in ((lines[0], expected[0]), (lines[2], expected[2]), (lines[3], expected[3])):
+        assert (line["loss"], line["grad_norm"], line["kl"]) == (other["loss"], other["grad_norm"], other["kl"])
+    (news,) = read(tmp_path / "nan" / "alarms.jsonl")
+    assert (news["step"], news["event"], news["causes"]) == (2, "skipped", ["the policy's loss"])
+    assert news["dump"] == "dumps/step-000002"
+    assert dumps(tmp_path / "nan") == ["step-000002"]
+    assert not (tmp_path / "without" / "dumps").exists()
+
+
+def test_rows_without_a_gradient_have_a_loss_that_has_to_be_finite_too(tmp_path: Path) -> None:
+    """Every reward is the same, so that nothing is differentiated; the weights are broken all the same."""
+    trainer = make_trainer(tmp_path / "out", lambda completions, **_: [1.0] * len(completions), beta=0.0)
+    before = weights(trainer)
+    trainer.parts.policy.model.norm.register_forward_hook(lambda module, inputs, output: output * torch.nan)
+    record = trainer.step(trainer.order.batch(1), 1)
+    assert [skipped.what for skipped in record.skipped] == ["loss"]
+    assert torch.equal(before, weights(trainer))
+
+
+@pytest.mark.parametrize("network", ["policy", "value"])
+def test_ppo_skips_one_update_and_takes_the_others(tmp_path: Path, network: str) -> None:
+    def nth(learner: Any, replaced: Any) -> None:
+        """Replaces the second update of the step."""
+        own, calls = learner.update, []
+
+        def update(losses: Any) -> float:
+            calls.append(losses)
+            return replaced(own, losses) if len(calls) == 2 else own(losses)
+
+        learner.update = update
+
+    trainers = []
+    for name in ("nan", "without"):
+        trainer = make_trainer(tmp_path / name, lively, model=calm_policy(1), **PPO, beta=0.2, max_steps=1)
+        learner = trainer.policy if network == "policy" else trainer.method.critic
+        if name == "nan":
+            layer = NaNLayer((trainer.parts.policy.model if network == "policy" else learner.network.body).norm)
+
+            def disturbed(own: Any, losses: Any, layer: NaNLayer = layer) -> float:
+                layer.on = True
+                try:
+                    return own(losses)
+                finally:
+                    layer.on = False
+
+            nth(learner, disturbed)
+        else:
+            nth(learner, lambda own, losses: 0.0)
+        trainer.train()
+        trainers.append(trainer)
+    assert torch.equal(weights(trainers[0]), weights(trainers[1]))
+    (line,) = read(tmp_path / "nan" / "metrics.jsonl")
+    assert line["skipped_steps"] == 1
+    assert (line["grad_norm"] is None, line["value/grad_norm"] is None) == (network == "policy", network == "value")
+    (news,) = read(tmp_path / "nan" / "alarms.jsonl")
+    assert news["causes"] == [f"the {'policy' if network == 'policy' else 'value model'}'s loss"]
+    assert news["updates"] == 1
+    files = {path.name for path in (tmp_path / "nan" / "dumps" / "step-000001").iterdir()}
+    assert ("value_model.safetensors" in files) == (network == "value")
+
+
+def test_skipped_steps_in_a_row_stop_the_run_and_a_good_one_in_between_does_not(tmp_path: Path) -> None:
+    with_nan(tmp_path / "apart", 1, 2, 4, 5, max_steps=5, max_skipped_steps=2).train()
+    assert read(tmp_path / "apart" / "metrics.jsonl")[-1]["skipped_steps"] == 4
+    assert dumps(tmp_path / "apart") == ["step-000001", "step-000002", "step-000004"], "three are kept"
+
+    trainer = with_nan(tmp_path / "row", 2, 3, 4, 5, max_steps=6, max_skipped_steps=2)
+    with pytest.raises(
+        GuardStop, match=r"3 steps in a row skipped.*--max_skipped_steps is 2: the policy's loss .*remax replay"
+    ):
+        trainer.train()
+    assert [line["step"] for line in read(tmp_path / "row" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert (tmp_path / "row" / "checkpoints" / "step-000004").is_dir(), "the state is saved"
+    assert trainer.guards.state_dict()["skips"] == {"num_skipped": 3, "in_a_row": 3}
+
+
+def test_a_resumed_run_counts_and_tells_the_same(tmp_path: Path) -> None:
+    """Killed after step 5, it goes on from step 3: counts, alarms and the line of one that is still up."""
+    settings = {"max_steps": 7, "save_steps": 3, "alarm_window": 2, "min_entropy_ratio": 0.99, "learning_rate": 3e-2}
+    with_nan(tmp_path / "whole", 2, 3, 6, **settings).train()
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                raise Killed
+
+    killed = with_nan(tmp_path / "out", 2, 3, 6, **settings)
+    killed.callbacks.append(Kill())
+    with pytest.raises(Killed):
+        killed.train()
+    assert len(read(tmp_path / "out" / "metrics.jsonl")) == 5
+    with_nan(tmp_path / "out", 2, 3, 6, **settings, resume="auto").train()
+    assert (tmp_path / "out" / "alarms.jsonl").read_bytes() == (tmp_path / "whole" / "alarms.jsonl").read_bytes()
+    events = {news["event"] for news in read(tmp_path / "whole" / "alarms.jsonl")}
+    assert events == {"skipped", "alarm"}
+    for folder in ("out", "whole"):
+        lines = read(tmp_path / folder / "metrics.jsonl")
+        assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 2, 3, 3]
+
+
+def test_a_dump_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path) -> None:
+    trainer = with_nan(tmp_path / "out", 1, max_steps=2)
+    notes: list[str] = []
+    trainer.view.note = notes.append
+    trainer.guards.folder = tmp_path / "file"
+    (tmp_path / "file").write_text("in the way")
+    trainer.train()
+    assert any("its batch could not be kept (" in note for note in notes)
+
+
+def test_the_command_line_exits_with_3_and_replay_shows_why(tmp_path: Path, capsys: Any) -> None:
+    """A learning rate that blows the weights up in the first step, as it would in earnest."""
+    policy().save_pretrained(tmp_path / "policy")
+    toy_tokenizer("<s> $A", bos_token="<s>").save_pretrained(tmp_path / "policy")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": c * 3}) + "\n" for c in "abcdefgh"))
+    (tmp_path / "rewards.py").write_text("def e(completions, **_):\n    return [t.count('e') for t in completions]\n")
+    out = tmp_path / "out"
+    flags = ["--model", tmp_path / "policy", "--train_dataset", tmp_path / "prompts.jsonl", "--output_dir", out]
+    flags += ["--reward_funcs", f"{tmp_path / 'rewards.py'}:e", "--reward_timeout_seconds", 0, "--report_to", "none"]
+    flags += ["--max_steps", 9, "--batch_size", 4, "--max_completion_length", 6, "--learning_rate", 1e18]
+    assert main(["train", *map(str, flags)]) == 3
+    said = capsys.readouterr()
+    assert "remax: 4 steps in a row skipped, and --max_skipped_steps is 3: the policy's " in said.err
+    skipped = [news["step"] for news in read(out / "alarms.jsonl")]
+    assert skipped == list(range(skipped[0], skipped[0] + 4))
+    assert f"Skipped step {skipped[0]} because the policy's " in said.out
+    assert len([line for line in said.err.splitlines() if line.startswith("remax: ")]) == 1
+    assert read(out / "metrics.jsonl")[-1]["step"] == skipped[-1]
+    assert main(["replay", str(out / read(out / "alarms.jsonl")[0]["dump"])]) == 0
+    assert "\nreproduced: " in capsys.readouterr().out
+
+
+# Out of memory --------------------------------------------------------------------------------------------------------
+
+
+def disturbed_run(folder: Path, method: str, phase: str | None, **settings: Any) -> Any:
+    """A run of two steps in which memory does not suffice once, in the second micro-batch of a phase."""
+    trainer = make_trainer(
+        folder, lively, model=calm_policy(1), micro_batch_tokens=40, **{**METHODS[method], **settings}
+    )
+    trainer.parts.policy.load_state_dict(calm_policy(2).state_dict())
+    for learner in (trainer.policy, *([trainer.method.critic] if method == "ppo" else [])):
+        learner.optimizer = torch.optim.SGD(learner.network.parameters(), lr=0.05)
+    trainer.drawn = []
+    generate = trainer.parts.engine.generate
+
+    def counted(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer.drawn.append(len(prompts))
+        return generate(prompts, *args, **kwargs)
+
+    trainer.parts.engine.generate = counted
+    if phase is not None:
+        critic = trainer.method.critic.network.body if method == "ppo" else None
+        places = {
+            "rollout": (trainer.parts.policy.model, 3, not_in_gradient),
+            "reference": (trainer.parts.reference.model.model, 2, not_in_gradient),
+            "update": (trainer.parts.policy.model, 2, in_gradient),
+            "later update": (trainer.parts.policy.model, 4, in_gradient),
+            "values": (critic, 2, not_in_gradient),
+            "value update": (critic, 2, in_gradient),
+        }
+        fault = OutOfMemory(*places[phase])
+    trainer.train()
+    if phase is not None:
+        assert fault.calls > fault.at_call, "the phase was done again"
+    return trainer
+
+
+PHASES = [("remax", "rollout"), ("remax", "reference"), ("remax", "update")]
+PHASES += [("ppo", phase) for phase in ("update", "later update", "values", "value update")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, Path]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {method: (weights(disturbed_run(folder / method, method, None)), folder / method) for method in METHODS}
+
+
+@pytest.mark.parametrize(("method", "phase"), PHASES)
+def test_what_is_done_again_gives_what_it_would_have_given(
+    tmp_path: Path, undisturbed: dict[str, tuple[torch.Tensor, Path]], method: str, phase: str
+) -> None:
+    expected, folder = undisturbed[method]
+    trainer = disturbed_run(tmp_path / "out", method, phase)
+    num_prompts = [4, 2, 2, 2, 2] if phase == "rollout" else [trainer.args.batch_size] * 2
+    assert trainer.drawn == num_prompts, "together before, then in halves, in the second step too"
+    assert (weights(trainer) - expected).norm() / expected.norm() < 1e-6
+    setting = "rollout_batch_size" if phase == "rollout" else "micro_batch_tokens"
+    (news,) = read(tmp_path / "out" / "alarms.jsonl")
+    assert (news["step"], news["event"], news["setting"]) == (1, "out_of_memory", setting)
+    assert news["to"] == news["from"] // 2 == trainer.guards.state_dict()["memory"]["limits"][setting]
+    assert "alloc" in news["message"]
+    lines, others = (read(path / "metrics.jsonl") for path in (tmp_path / "out", folder))
+    assert [line.pop("redone_passes") for line in lines] == [1, 1]
+    assert [line.pop("redone_passes") for line in others] == [0, 0]
+    for line, other in zip(lines, others, strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {key for key in line if key.startswith(("time/", "memory/", "tokens_per"))}:
+            tolerance = {"sampling/logprob_difference_max": 1e-4}.get(name, 1e-5)
+            ours, theirs = (math.nan if own[name] is None else own[name] for own in (line, other))
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=tolerance, nan_ok=True), name
+    texts, expected_texts = (read(path / "completions.jsonl") for path in (tmp_path / "out", folder))
+    assert [line["completion"] for line in texts] == [line["completion"] for line in expected_texts]
+
+
+def test_a_reward_model_scores_in_smaller_batches(tmp_path: Path) -> None:
+    config = {**policy().config.to_dict(), "num_labels": 1, "pad_token_id": PAD}
+    torch.manual_seed(0)
+    classifier = LlamaForSequenceClassification(LlamaConfig(**config)).eval()
+    tokenizer = toy_tokenizer("<s> $A", bos_token="<s>")
+    records, sizes = [], []
+    for fails in (False, True):
+        reward = RewardModel(classifier, tokenizer, batch_size=6)
+        calls: list[str] = []
+
+        def counted(completions: list[str], calls: list[str] = calls, **_: Any) -> list[float]:
+            calls.append("call")
+            return lively(completions)
+
+        trainer = make_trainer(tmp_path / str(fails), [reward, counted])
+        fault = OutOfMemory(classifier.model, 2 if fails else -1)
+        records.append(trainer.step(trainer.order.batch(1), 1))
+        fault.hook.remove()
+        sizes.append((reward.batch_size, calls))
+    assert sizes == [(6, ["call"]), (3, ["call"])], "functions are not asked again"
+    for rewards in zip(*(record.rewards.sampled_by_function.values() for record in records), strict=True):
+        torch.testing.assert_close(*rewards, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_halved_stops_the_run_as_if_the_step_had_not_begun(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "reinforce", "baseline": "moving_average", "beta": 0.0, "max_steps": 3}
+    expected = make_trainer(tmp_path / "one", lively, **{**settings, "max_steps": 1})
+    expected.train()
+    trainer = make_trainer(tmp_path / "out", lively, micro_batch_tokens=1000, **settings)
+    fault = OutOfMemory(trainer.parts.policy.model, 0, lambda: in_gradient() and trainer.state.global_step == 1)
+    with pytest.raises(GuardStop, match=r"memory does not suffice .*nothing left to be halved: `remax plan`") as stop:
+        trainer.train()
+    assert not isinstance(stop.value, MidStepStop)
+    assert fault.calls == 3, "all four rows, two, one of the longest"
+    assert torch.equal(weights(trainer), weights(expected))
+    assert trainer.method.state_dict() == expected.method.state_dict(), "the baseline has not seen the second batch"
+    assert (tmp_path / "out" / "checkpoints" / "step-000001").is_dir()
+    assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [1]
+    assert [line["step"] for line in read(tmp_path / "out" / "alarms.jsonl")] == [2, 2]
+
+
+def test_ppo_in_the_middle_of_its_updates_saves_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "out", lively, **PPO, beta=0.0, max_steps=3, save_steps=0)
+    OutOfMemory(trainer.method.critic.network.body, 0, lambda: in_gradient() and trainer.state.global_step == 1)
+    with pytest.raises(MidStepStop):
+        trainer.train()
+    assert list((tmp_path / "out" / "checkpoints").glob("step-*")) == []
+
+
+def test_a_step_of_the_optimiser_is_not_done_again(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "out", lively)
+    steps = []
+
+    def step(*_: Any, **__: Any) -> None:
+        steps.append(1)
+        torch.empty(2**50)
+
+    trainer.policy.optimizer.step = step
+    with pytest.raises(UserError, match=r"--optim is adamw_torch_fused: memory does not suffice for its step"):
+        trainer.train()
+    assert steps == [1]
+
+
+def test_a_failed_attempt_leaves_no_tensor_in_memory() -> None:
+    guard, left = MemoryGuard(), []
+
+    def work(size: int) -> int:
+        assert all(reference() is None for reference in left), "the tensors of the last attempt are still there"
+        tensor = torch.ones(10)
+        left.append(weakref.ref(tensor))
+        if size > 3:
+            torch.empty(2**50)
+        return size
+
+    gc.disable()
+    try:
+        assert guard.run("micro_batch_tokens", 100, work, whole=12, smallest=1) == 3
+    finally:
+        gc.enable()
+    assert [(news["from"], news["to"]) for news in guard.news] == [(12, 6), (6, 3)]
+    assert guard.run("micro_batch_tokens", 100, lambda size: size, whole=50, smallest=1) == 3, "for the rest of the run"
+    assert guard.size("rollout_batch_size", 8) == 8
+
+    other = MemoryGuard()
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert other.run("micro_batch_tokens", 100, lambda size: size, whole=50, smallest=1) == 3
+
+
+def test_other_errors_pass() -> None:
+    def work(size: int) -> None:
+        raise RuntimeError("expected scalar type Float but found Half")
+
+    with pytest.raises(RuntimeError, match="scalar type"):
+        MemoryGuard().run("micro_batch_tokens", 100, work, whole=50, smallest=1)
+    guard = MemoryGuard()
+    guard.halves = False
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        guard.run("micro_batch_tokens", 100, lambda size: torch.empty(2**50), whole=50, smallest=1)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert is_out_of_memory(RuntimeError("not enough memory: you tried to allocate 8 bytes."))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
