@@ -111,8 +111,7 @@ def take_every_way(dataset: datasets.Dataset, tokenizers: list[Any]) -> None:
             outcome(lambda t=tokenizer, p=pairs: short_pairs(p[0], t, 60, flag=FLAG))
         if has_references(dataset):
             outcome(lambda t=tokenizer: load_references(dataset, t, flag=FLAG, max_length=60))
-    if all(name.isprintable() for name in dataset.column_names):
-        outcome(lambda: as_examples(dataset, flag=FLAG))
+    outcome(lambda: as_examples(dataset, flag=FLAG))
 
 
 def write(path: Path, rows: list[dict[str, Any]], form: str) -> Path:

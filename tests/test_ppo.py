@@ -293,7 +293,8 @@ def test_missing_rewards_leave_fewer_rows_than_mini_batches(tmp_path: Path, num_
     def patchy(completions: list[str], **_: Any) -> list[float | None]:
         return [None if row < num_missing else r for row, r in enumerate(vowels(completions))]
 
-    trainer = make_ppo(tmp_path / "out", patchy, num_ppo_epochs=2, num_mini_batches=8, lr_scheduler_type="linear")
+    settings = {"num_ppo_epochs": 2, "num_mini_batches": 8, "lr_scheduler_type": "linear", "max_missing_rewards": 1.0}
+    trainer = make_ppo(tmp_path / "out", patchy, **settings)
     learners = trainer.policy, trainer.method.critic
     rates = [learner.learning_rate for learner in learners]
     record = trainer.step(trainer.order.batch(1), 1)

@@ -60,6 +60,8 @@ def try_steps(bench: Bench, shape: Shape, args: Any, cap: float, engine: Any = N
 
     Two, since only in the second one the optimiser's states are there from the start.
     """
+    from remax.errors import UserError
+
     where, trainer = "loading", None
     result = {"fits": False, "cap_bytes": min(cap, bench.device.total_bytes or cap), **planned(bench, shape, args)}
     with bench.device.cap(cap):
@@ -68,7 +70,7 @@ def try_steps(bench: Bench, shape: Shape, args: Any, cap: float, engine: Any = N
             for number in (1, 2):
                 where = f"step {number}"
                 seconds, _ = one_step(trainer, number)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, UserError) as error:  # The latter from the optimiser's own step.
             done = list(trainer.meter.seconds) if trainer is not None else []
             where += f", after {', '.join(done)}" if done else ""
             return {**result, "out_of_memory": str(error).partition(". ")[0], "where": where}

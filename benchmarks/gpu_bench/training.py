@@ -165,7 +165,7 @@ def trainer_of(bench: Bench, shape: Shape, args: Any, *, reward: Any = spread_re
     tokenizer = tokenizer_of(shape.vocab_size)
     prompts = [{"prompt": tokenizer.decode(ids)} for ids in prompts_of(bench, shape, args.batch_size)]
     with contextlib.redirect_stdout(io.StringIO()):  # What it says of settings is known here.
-        return ReMaxTrainer(
+        trainer = ReMaxTrainer(
             random_model(bench, shape, dtype=args.dtype),
             reward,
             args,
@@ -175,6 +175,8 @@ def trainer_of(bench: Bench, shape: Shape, args: Any, *, reward: Any = spread_re
             rollout_engine=engine,
             view=PlainLines(),
         )
+    trainer.parts.memory.halves = False  # What does not fit must be seen not to fit.
+    return trainer
 
 
 def one_step(trainer: Any, number: int) -> tuple[dict[str, float], Any]:

@@ -18,8 +18,8 @@ class Batch:
     """Prompts with their completions, padded on the right.
 
     Padding on the right keeps every position id what it is without padding, and no token of a causal model sees what
-    follows it, so nothing depends on which id the padding has, and no model needs an attention mask. With one, attention
-    would take a slower kernel, and repeat the keys of grouped heads.
+    follows it, so nothing depends on which id the padding has, and no model needs an attention mask. With one,
+    attention would take a slower kernel, and repeat the keys of grouped heads.
     """
 
     input_ids: Tensor

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from remax.commands import COMMANDS
 from remax.errors import GuardStop, Interrupted, UserError
 from remax.flags import parse
+from remax.untrusted import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,10 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"remax: {error}", file=sys.stderr)
         return 2
     except GuardStop as stop:
-        print(f"remax: {stop}", file=sys.stderr)
+        print(f"remax: {printable(str(stop))}", file=sys.stderr)
         return 3
     except Interrupted as interruption:
-        print(f"remax: {interruption}", file=sys.stderr)
+        print(f"remax: {printable(str(interruption))}", file=sys.stderr)
         return interruption.exit_code
     except KeyboardInterrupt:
         print("remax: interrupted.", file=sys.stderr)

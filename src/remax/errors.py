@@ -1,12 +1,21 @@
 """The exceptions that mean something to the command line, which prints them as one sentence."""
 
+from remax.untrusted import shown
+
+SENTENCE_LIMIT = 600
+"""Characters of a message: what it quotes may be of any length."""
+
 
 class UserError(ValueError):
     """A setting or an input is wrong: "you can fix this". The command line exits with 2.
 
     The message is one sentence that names what was set (the real flag and value), what follows from it and what to
-    set instead. Raised before anything expensive starts wherever that is possible.
+    set instead. Raised before anything expensive starts wherever that is possible. What it quotes may come from
+    anywhere: it becomes one printable line.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message, SENTENCE_LIMIT))
 
 
 class GuardStop(Exception):

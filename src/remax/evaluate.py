@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from remax import data, models
@@ -21,6 +22,7 @@ from remax.logprobs import CompletionScorer
 from remax.metrics import Credit, StepRecord, completion_records
 from remax.recording import RunFolder
 from remax.rewards.named import wait_until_ready
+from remax.untrusted import printable
 
 Floats = NDArray[np.float64]
 
@@ -189,11 +191,12 @@ def _reference_dataset(inputs: EvaluateInputs) -> tuple[Any, str] | None:
 
 
 def _print_table(model: str, results: Mapping[str, Any], num_prompts: int) -> None:
-    table = Table(title=f"{model} on {num_prompts} prompts", title_justify="left", box=None, padding=(0, 2))
+    title = Text(printable(f"{model} on {num_prompts} prompts"))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
     table.add_column("")
     table.add_column("mean", justify="right")
     table.add_column("95% interval", justify="right")
     for name, result in results.items():
         low, high = result["interval"]
-        table.add_row(name, f"{result['mean']:.3f}", f"{low:.3f} to {high:.3f}")
+        table.add_row(Text(printable(name)), f"{result['mean']:.3f}", f"{low:.3f} to {high:.3f}")
     Console().print(table)

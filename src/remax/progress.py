@@ -29,8 +29,8 @@ SECONDS_BETWEEN_SAMPLES = 5.0
 class View(Protocol):
     """Shows the progress of a run."""
 
-    def start(self, max_steps: int) -> None:
-        """Begins the display."""
+    def start(self, max_steps: int, step: int = 0) -> None:
+        """Begins the display of a run that has done some steps already."""
 
     def update(self, metrics: Mapping[str, float], sample: Completion) -> None:
         """Takes one step's metrics and one of its completions."""
@@ -50,13 +50,13 @@ def default_view() -> View:
 class _Clock:
     """Steps done, seconds per step and seconds left."""
 
-    def __init__(self, max_steps: int) -> None:
-        self.max_steps = max_steps
+    def __init__(self, max_steps: int, step: int) -> None:
+        self.max_steps, self.first_step = max_steps, step
         self.started = time.monotonic()
 
     def read(self, step: int) -> tuple[float, str]:
         """Returns seconds per step and the time left as text."""
-        per_step = (time.monotonic() - self.started) / step
+        per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
         minutes, seconds = divmod(round(per_step * (self.max_steps - step)), 60)
         hours, minutes = divmod(minutes, 60)
         return per_step, f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -65,8 +65,8 @@ class _Clock:
 class PlainLines:
     """One line per logged step, for files and pipes."""
 
-    def start(self, max_steps: int) -> None:
-        self.clock = _Clock(max_steps)
+    def start(self, max_steps: int, step: int = 0) -> None:
+        self.clock = _Clock(max_steps, step)
 
     def update(self, metrics: Mapping[str, float], sample: Completion) -> None:
         step = int(metrics["step"])
@@ -91,8 +91,8 @@ class LivePanel:
         self.console = console or Console()
         self.live: Live | None = None
 
-    def start(self, max_steps: int) -> None:
-        self.clock = _Clock(max_steps)
+    def start(self, max_steps: int, step: int = 0) -> None:
+        self.clock = _Clock(max_steps, step)
         self.first: Mapping[str, float] = {}
         self.sample: Completion | None = None
         self.sample_time = 0.0

@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 
 from remax.errors import UserError
+from remax.untrusted import harmless_json
 
 RUN_FILES = ("metrics.jsonl", "config.yaml", "evaluation.json", "eval.jsonl", "model", "checkpoints")
 """What tells that a folder holds a run."""
@@ -119,7 +120,8 @@ class RunFolder:
         """
         with self.writing(name), (self.path / name).open("a", encoding="utf-8") as file:
             for record in records:
-                file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str) + "\n")
+                text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str)
+                file.write(harmless_json(text) + "\n")
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
@@ -191,7 +193,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file at once: whoever reads it sees all of it or none. Numbers that are not finite become null."""
     partial = path.with_name(f".{path.name}.partial")
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_text(harmless_json(text) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

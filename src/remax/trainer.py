@@ -199,7 +199,7 @@ class ReMaxTrainer:
             self.session.restore_generators()
             if self.state.global_step == 0:
                 self._evaluate()
-            self.view.start(self.max_steps)
+            self.view.start(self.max_steps, self.state.global_step)
             while not self._ended:
                 metrics = self._recorded_step(self.state.global_step + 1)
                 if self._ended or (self.args.eval_steps and self.state.global_step % self.args.eval_steps == 0):

@@ -10,6 +10,8 @@ from remax.errors import UserError
 NUMBERS_STAY = frozenset(
     {"output_dir", "report_to", "logging_steps", "log_completions"}
     | {"save_steps", "save_total_limit", "resume", "allow_config_change"}
+    | {"max_skipped_steps", "max_missing_rewards", "alarms", "alarm_window", "gold_evaluations"}
+    | {"max_kl", "max_truncated", "max_length_ratio", "min_entropy_ratio"}
 )
 """Settings that cannot change what is learned."""
 

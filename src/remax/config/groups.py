@@ -18,7 +18,7 @@ class OutputOptions(Options):
     """Run"""
 
     output_dir: str = "remax-output"
-    """Folder for everything the run writes; it must not hold a run already."""
+    """Folder for everything the run writes; unless the run is resumed, it must not hold one already."""
     seed: int = 42
     """Seed of the data order, the sampling noise and the initial weights of anything new."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
