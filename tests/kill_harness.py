@@ -80,9 +80,9 @@ class Running:
     poll: Callable[[], int | None]
     """Returns the exit code, minus the number of the signal that killed it; None while it lives."""
 
-    def wait(self) -> int:
+    def wait(self, patience_seconds: float = PATIENCE_SECONDS) -> int:
         """Returns the exit code once it has ended."""
-        for _ in until(PATIENCE_SECONDS):
+        for _ in until(patience_seconds):
             if (code := self.poll()) is not None:
                 return code
         raise AssertionError(f"still running: {self.log.read_text()}")

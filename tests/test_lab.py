@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from remax import ReMaxConfig, ReMaxTrainer
-from remax.assembly import choose_engine, make_accelerator
+from remax.assembly import choose_engine
 from remax.cli import main
 from remax.components import Components
 from remax.config import LabConfig, LabInputs, OptimiserOptions
@@ -28,6 +28,7 @@ from remax.lab.report import number
 from remax.lab.statistics import Estimate, Floats, gram_by_layer, resample_counts
 from remax.learner import Learner
 from remax.logprobs import CompletionScorer
+from remax.processes import make_accelerator
 from tiny_models import tiny_model
 from toy_tokenizers import EOS, VOCAB_SIZE, characters, toy_tokenizer
 

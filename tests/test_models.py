@@ -34,8 +34,8 @@ from remax.models import (
     load_tokenizer,
     new_reward_model,
     quiet,
-    save_model,
 )
+from remax.saving import save_model
 from tiny_models import tiny_model
 from toy_tokenizers import BOS, EOS, PAD, VOCAB_SIZE, toy_tokenizer
 

@@ -6,9 +6,10 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from remax import data, models
-from remax.assembly import load_policy, make_accelerator
+from remax.assembly import load_policy
 from remax.config import ChatConfig, ModelOptions
 from remax.errors import UserError
+from remax.processes import make_accelerator
 from remax.untrusted import printable, shown
 
 HELP = "Type a message and Enter; /new starts a new conversation, an empty line or Ctrl-D ends."

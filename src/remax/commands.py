@@ -175,8 +175,9 @@ def run_serve_reward(inputs: config.ServeInputs, args: config.ServeConfig) -> No
     server = RewardServer(scorer(functions, weights), args.host, args.port)
 
     if inputs.model:
-        from remax.assembly import load_rewards, make_accelerator
+        from remax.assembly import load_rewards
         from remax.models import check_model_exists
+        from remax.processes import make_accelerator
 
         check_model_exists(inputs.model, flag="--model")
         device = make_accelerator(False).device

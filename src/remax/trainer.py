@@ -10,7 +10,6 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
-from remax import models
 from remax.assembly import assemble
 from remax.batching import PromptOrder
 from remax.checkpoint.session import Session
@@ -31,6 +30,7 @@ from remax.plan import base_bytes, describe_peaks
 from remax.plan.device import free_main_memory
 from remax.progress import View, default_view
 from remax.recording import RunFolder
+from remax.saving import save_model
 
 SHOWN_OF_SETTINGS = (
     *("method", "train_dataset", "reward_model", "reward_funcs", "batch_size", "num_generations", "learning_rate"),
@@ -251,9 +251,7 @@ class ReMaxTrainer:
     def save_model(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format, adapters merged, with its tokenizer and a model card."""
         with self.folder.writing(folder.name):
-            models.save_model(
-                self.parts.policy, self.parts.tokenizer, folder, eos_token_ids=self.parts.sampling.eos_token_ids
-            )
+            save_model(self.parts.policy, self.parts.tokenizer, folder, eos_token_ids=self.parts.sampling.eos_token_ids)
         name, settings = self.parts.model_name, self.run_config
         shown = {key: settings[key] for key in SHOWN_OF_SETTINGS if settings.get(key) not in (None, [])}
         lines = [

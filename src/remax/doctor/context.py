@@ -17,6 +17,7 @@ from remax.errors import UserError
 from remax.interfaces import Prompt, RewardFunction, Rollout
 from remax.plan.command import Plan, make_plan
 from remax.plan.networks import read_config
+from remax.processes import make_accelerator
 from remax.rewards import resolve_weights
 from remax.rewards.named import wait_until_ready
 
@@ -190,7 +191,7 @@ class Context:
     @Part
     def accelerator(self) -> Accelerator:
         """Device and precision."""
-        return assembly.make_accelerator(self.args.bf16)
+        return make_accelerator(self.args.bf16)
 
     @Part
     def rewards(self) -> list[Any]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from remax import models
-from remax.assembly import load_policy, load_reference, make_accelerator
+from remax.assembly import load_policy, load_reference
 from remax.batching import collate
 from remax.components import Components, Rewards
 from remax.config import ReMaxConfig, ReplayConfig
@@ -28,6 +28,7 @@ from remax.logprobs import CompletionScorer
 from remax.methods.critic_free import CriticFree
 from remax.methods.ppo import PPO, Experience
 from remax.metrics import Credit, StepRecord
+from remax.processes import make_accelerator
 from remax.untrusted import printable
 
 SHOWN_WEIGHTS = 5

@@ -25,12 +25,12 @@ from remax.models import (
     load_policy,
     load_tokenizer,
     quiet,
-    save_model,
     short_reason,
 )
 from remax.optimisers import check_optimiser
 from remax.recording import RunFolder
 from remax.rewards import reward_input_ids
+from remax.saving import save_model
 from remax.stages.saving import Saving, naming_failures, stage_fingerprints
 
 StageConfig = SFTConfig | RewardConfig | DPOConfig

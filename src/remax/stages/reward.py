@@ -13,8 +13,9 @@ from peft import PeftModel
 
 from remax.config import RewardConfig
 from remax.errors import UserError
-from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model, save_model
+from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model
 from remax.rewards import RewardModel, require_chat_template
+from remax.saving import save_model
 from remax.stages.common import (
     finished_metrics,
     load_pairs,
