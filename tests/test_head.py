@@ -1,18 +1,24 @@
 """The head's own backward pass against autograd's."""
 
 import math
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
+from remax import head
 from remax.batching import collate
+from remax.head import gradients_in_place
 from remax.interfaces import Sampling
 from remax.logprobs import CompletionScorer
 from test_logprobs import CPU, PLAIN, completions
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
+from toy_training import make_trainer
 
 HEADS: dict[str, dict[str, Any]] = {
     "float64": {"dtype": torch.float64},
@@ -89,3 +95,58 @@ def test_truncated_sampling_and_the_exact_kl_are_left_to_autograd() -> None:
     reference = CompletionScorer(tiny_model("llama"))
     for stats in (scorer(batch, Sampling(8, (), top_p=0.9)), scorer(batch, PLAIN, reference)):
         assert "HeadLogprobs" not in str(stats.logprobs.grad_fn.next_functions)
+
+
+class Made(TorchDispatchMode):
+    """Notes the operations that make a tensor of a shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.operations = shape, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape and "zeros" in str(func):
+            self.operations.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("case", ["float64", "bfloat16 autocast", "tied", "frozen head"])
+def test_a_gradient_that_is_there_is_added_to_in_place(case: str) -> None:
+    settings = HEADS.get(case, {"dtype": torch.float64})
+    batch, sampling = collate(completions(), 0, CPU), Sampling(8, ())
+    model = tiny_model("llama", tie_word_embeddings=settings.get("tied", False))
+    model.to(settings.get("dtype", torch.float32)).lm_head.weight.requires_grad_("frozen" not in settings)
+    scorer = CompletionScorer(model)
+    gradients, made = [], []
+    for in_place in (False, True):
+        model.zero_grad()
+        with gradients_in_place() if in_place else nullcontext():
+            for factor in (1.0, -3.0, 0.5):
+                with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in settings):
+                    loss = factor * scorer(batch, sampling).logprobs.sum()
+                with Made(model.lm_head.weight.shape) as mode:
+                    loss.backward()
+                made.append(len(mode.operations))
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    tolerance = 1e-2 if "autocast" in settings else 1e-12
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() <= tolerance * expected.norm(), name
+    if "frozen" not in settings:
+        assert made[:3] == [made[0]] * 3
+        assert made[3] == made[0]
+        assert made[4] == made[5] == made[0] - 1
+
+
+def test_an_update_lets_gradients_be_added_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, micro_batch_tokens=1)
+    seen = []
+    forward = head.head_logprobs
+    monkeypatch.setattr(
+        head, "head_logprobs", lambda *a, **k: seen.append(head._adds_to_grad.get()) or forward(*a, **k)
+    )
+    trainer.step(trainer.order.batch(1), 1)
+    assert len(seen) > 2
+    assert all(seen)
+    assert not head._adds_to_grad.get()

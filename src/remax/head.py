@@ -2,16 +2,35 @@
 
 Autograd with recomputation gives the same numbers, but holds several [n, V] tensors at once, makes the entropies again
 and one [V, H] gradient per chunk. Here a chunk's logits become its gradient in place, and the weight's gradient is
-added up.
+added up: where there is one of an earlier micro-batch already, in place.
 
 Legend: N completion tokens, n of them in a chunk, H hidden size, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_adds_to_grad: ContextVar[bool] = ContextVar("_adds_to_grad", default=False)
+
+
+@contextmanager
+def gradients_in_place() -> Iterator[None]:
+    """Within it, backward passes add to the gradient that the head's weight has, instead of making another one.
+
+    For whoever calls backward() on losses that are made here, in one process: neither torch.autograd.grad nor hooks on
+    the weight's gradient would see what is added.
+    """
+    token = _adds_to_grad.set(True)
+    try:
+        yield
+    finally:
+        _adds_to_grad.reset(token)
 
 
 def is_plain(head: Any) -> bool:
@@ -40,6 +59,7 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, head: nn.Linear, temperature: float, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.parameter = head.weight if _adds_to_grad.get() else None  # Backward may run in another thread.
         ctx.dtype = states.dtype
         pieces, kept = [], None
         for own, chosen in zip(torch.split(states, chunk_size), torch.split(targets, chunk_size), strict=True):
@@ -59,7 +79,8 @@ class _HeadLogprobs(torch.autograd.Function):
         cast = weight.to(ctx.dtype)
         wants_states, wants_weight = ctx.needs_input_grad[:2]
         d_states = torch.empty_like(states) if wants_states else None
-        d_weight = torch.zeros_like(weight) if wants_weight else None
+        there = ctx.parameter.grad if ctx.parameter is not None and wants_weight else None
+        d_weight = there if there is not None else torch.zeros_like(weight) if wants_weight else None
         gradient = gradient / ctx.temperature
         for start in range(0, len(targets), ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
@@ -72,7 +93,7 @@ class _HeadLogprobs(torch.autograd.Function):
             elif d_weight is not None:
                 d_weight += d_logits.T @ own
             del d_logits  # Before the next chunk's is made.
-        return d_states, d_weight, None, None, None, None
+        return d_states, d_weight if there is None else None, None, None, None, None
 
 
 def _forward_chunk(ctx: Any, head: nn.Linear, states: Tensor, targets: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:

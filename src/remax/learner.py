@@ -14,6 +14,7 @@ from remax.config import OptimiserOptions
 from remax.errors import UserError
 from remax.guards.finite import NotFinite
 from remax.guards.memory import is_out_of_memory
+from remax.head import gradients_in_place
 from remax.optimisers import make_optimizer
 
 
@@ -61,9 +62,10 @@ class Learner:
         """
         try:
             total = torch.zeros((), device=self.accelerator.device)
-            for loss in losses:
-                self.accelerator.backward(loss)
-                total += loss.detach()
+            with gradients_in_place():
+                for loss in losses:
+                    self.accelerator.backward(loss)
+                    total += loss.detach()
             self._zero_missing_gradients()
             norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
             loss_is_finite = math.isfinite(float(total))

@@ -259,6 +259,11 @@ def kept_logits(widths: Widths, outputs: int, args: ReMaxConfig, *, on_gpu: bool
     return [Block(3, 4 * size), Block(1, size)] if args.needs_exact_kl else [Block(1, 4 * size)]
 
 
+def through_autograd(args: ReMaxConfig) -> bool:
+    """Whether the head's backward pass is not the one of head.py."""
+    return args.needs_exact_kl or args.top_p < 1 or args.top_k > 0
+
+
 def head_temporaries(widths: Widths, outputs: int, args: ReMaxConfig, *, on_gpu: bool) -> list[Block]:
     """Returns what the head's statistics need beside, chunk by chunk: the logits in the making.
 
@@ -267,10 +272,10 @@ def head_temporaries(widths: Widths, outputs: int, args: ReMaxConfig, *, on_gpu:
     """
     size = min(outputs, chunk_rows(widths, on_gpu=on_gpu)) * widths.vocabulary
     sorts = 4 if args.top_p < 1 else 0
-    through_autograd = 2 + sorts if args.needs_exact_kl or args.top_p < 1 or args.top_k else 0
+    more = 2 + sorts if through_autograd(args) else 0
     again = (1 if outputs > chunk_rows(widths, on_gpu=on_gpu) else 0) + (1 if args.temperature != 1 else 0)
     raw = [Block(1, 2 * size)] if is_half(args) else []
-    return [Block(1 + through_autograd + again, 4 * size), *raw]
+    return [Block(1 + more + again, 4 * size), *raw]
 
 
 def reference_temporaries(widths: Widths, outputs: int, *, on_gpu: bool) -> list[Block]:

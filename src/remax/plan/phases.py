@@ -226,10 +226,12 @@ def _update(
         is_policy = name == "policy"
         gathered = split.gathered(network, args)
         grads = split.gradients(own, args)
-        # The head's gradient comes first; where there are some from another pass, it is made beside those.
+        # The head's gradient comes first. Where there is one from another pass, a plain head adds to it in place; else
+        # it is made beside that.
         first = [Block(1, own.head * formulas.weight_size(args) * (not args.use_peft))]
         product = [Block(1, 2 * own.head)] if formulas.casts_weights(seen) and not args.use_peft else []
         several = num_batches > 1
+        made_again = not several or not is_policy or formulas.through_autograd(args)
         kept = formulas.activations(network, tokens, outputs, seen, scorer=is_policy)
         logits = formulas.kept_logits(w, outputs, args, on_gpu=on_gpu) if is_policy else []
         made = formulas.head_temporaries(w, outputs, args, on_gpu=on_gpu) if is_policy else []
@@ -243,7 +245,7 @@ def _update(
             Moment(
                 "update",
                 f"{name}, head",
-                [*kept, *logits, *made, *gathered, *first, *product],
+                [*kept, *logits, *made, *gathered, *(first if made_again else []), *product],
                 grads if several else [],
             ),
             Moment("update", f"{name}, layers", [*kept, *layer, *back, *gathered], grads if several else first),
