@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from remax.config import GuardOptions, ReMaxConfig, TrainInputs
 from remax.errors import GuardStop, UserError
+from remax.evaluate import Evaluation
 from remax.guards.alarms import Alarms
 from toy_training import PROMPTS, lively, make_trainer, read, vowels
 
@@ -224,6 +225,31 @@ def test_evaluations_are_judged_by_the_gold_reward(tmp_path: Path) -> None:
     index = [line["step"] for line in lines].index(falls[0]["step"])
     assert gains[index - 1] > 0
     assert falls[0]["value"] == pytest.approx(lines[index]["eval/gold"] - lines[index - 1]["eval/gold"], rel=1e-4)
+
+
+def test_an_evaluation_without_most_of_its_rewards_decides_nothing(tmp_path: Path) -> None:
+    """The rewards rise from evaluation to evaluation, and in the second one three quarters of them are missing."""
+
+    def rising(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        step, of_training = trainer_state.global_step, len(completions) == 8
+        return [math.nan if step == 2 and row % 4 and not of_training else step for row in range(len(completions))]
+
+    for allowed, best in ((0.5, 1), (0.8, 2)):
+        trainer = make_trainer(
+            tmp_path / str(allowed),
+            rising,
+            eval_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS[:8]]),
+            **{"max_steps": 2, "batch_size": 4, "eval_steps": 1, "max_missing_rewards": allowed},
+        )
+        trainer.train()
+        assert trainer.state.best_global_step == best
+        assert [line["eval/reward"] for line in read(tmp_path / str(allowed) / "eval.jsonl")] == [0.0, 1.0, 2.0]
+    values = {"reward": np.array([1.0, np.nan]), "rewards/a/mean": np.array([np.nan, np.nan]), "kl": np.ones(2)}
+    evaluation = Evaluation(trainer.evaluate().rollout, trainer.evaluate().rewards, values)
+    assert evaluation.deciding("reward", 0.5) == 1.0
+    assert evaluation.deciding("reward", 0.4) is None
+    assert evaluation.deciding("rewards/a/mean", 1.0) is None
+    assert evaluation.deciding("kl", 0.0) == 1.0
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 from transformers import TrainerCallback
 
 from kill_harness import forked
+from remax import saving
 from remax.checkpoint import files, state, writer
 from remax.checkpoint.changes import changes
 from remax.checkpoint.files import list_checkpoints, path_of, problem_of, rotate, write_checkpoint
 from remax.checkpoint.lock import RunLock
 from remax.checkpoint.start import find_start
 from remax.config import ReMaxConfig
-from remax.errors import UserError
+from remax.errors import GuardStop, UserError
 from remax.progress import PlainLines
 from remax.recording import RunFolder
 from toy_training import lively, make_trainer, read
@@ -78,12 +80,15 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, rename = files._sync, Path.rename
-    monkeypatch.setattr(files, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = files.sync, Path.rename
+    monkeypatch.setattr(files, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(f"rename {to.name}"), rename(self, to))[1])
     write(tmp_path, 3)
     partial = ".step-000003.partial"
-    assert events == ["state.json", "weights.bin", "manifest.json", partial, "rename step-000003", "checkpoints"]
+    assert events == [
+        *(".state.json.partial", partial, "state.json", "weights.bin", ".manifest.json.partial", partial),
+        *("rename step-000003", "checkpoints"),
+    ]
 
 
 def damages() -> dict[str, Callable[[Path], None]]:
@@ -371,6 +376,20 @@ def test_a_full_disk_is_warned_of_and_the_older_checkpoint_survives(
     assert len(read(out / "metrics.jsonl")) == 5
 
 
+def test_without_memory_for_a_copy_a_full_disk_is_warned_of_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    full_disk(monkeypatch, from_step=2, until_step=2)
+    trainer = make_trainer(out, lively, max_steps=3, save_steps=1, save_total_limit=9)
+    trainer.view, trainer.session.free_memory = Notes(), lambda: 0
+    trainer.train()
+    warnings = [line for line in trainer.view.lines if line.startswith("Warning")]
+    assert len(warnings) == 1
+    assert "step 2 could not be written (No space left on device), the last good one is" in warnings[0]
+    assert [files.step_of(path) for path in list_checkpoints(out)] == [1, 3]
+
+
 def test_the_last_state_must_be_saved_but_the_model_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,6 +446,131 @@ def test_files_that_the_system_does_not_let_grow(tmp_path: Path) -> None:
     assert [files.step_of(path) for path in list_checkpoints(out)] == [1, 4, 5]
     assert all(problem_of(path) is None for path in list_checkpoints(out))
     assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_nothing_of_the_users_is_deleted_beside_the_checkpoints(tmp_path: Path) -> None:
+    """Checkpoints of transformers, in a folder that a run is given."""
+    out = tmp_path / "out"
+    foreign = out / "checkpoint-500" / "model.safetensors"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    make_trainer(out, lively, max_steps=2, save_steps=1).train()
+    (out / "checkpoints" / "checkpoint-1").mkdir()
+    (out / "checkpoints" / ".step-000009.partial").mkdir()
+    shutil.rmtree(out / "model")
+    make_trainer(out, lively, max_steps=2, save_steps=1, resume="auto").train()
+    assert foreign.read_text() == "mine"
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["run.json", "step-000001", "step-000002"]
+
+
+def test_a_run_that_another_one_overtook_touches_nothing(tmp_path: Path) -> None:
+    """It looked where to begin before it had the lock."""
+    out, settings = tmp_path / "out", {"max_steps": 4, "save_steps": 1, "save_total_limit": 9}
+    make_trainer(out, lively, **settings).train()
+    shutil.rmtree(out / "model")
+    shutil.rmtree(path_of(out, 4))
+    slow = make_trainer(out, lively, **settings, resume="auto")
+    new = make_trainer(tmp_path / "new", lively, **settings, resume="auto")
+    make_trainer(out, lively, **settings, resume="auto").train()
+    make_trainer(tmp_path / "new", lively, **settings).train()
+    for folder, late in ((out, slow), (tmp_path / "new", new)):
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        with pytest.raises(UserError, match=r"another run wrote there meanwhile, .*; start it again"):
+            late.train()
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_the_checkpoint_that_a_guard_names_outlives_its_stop(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trainer = make_trainer(out, lively, max_steps=4, save_steps=1, save_total_limit=1)
+    stops = trainer.guards.stop_if_needed
+
+    def stop() -> None:
+        stops()
+        if trainer.state.global_step == 4:
+            raise GuardStop(f"Go back to {trainer.last_checkpoint}.")
+
+    trainer.guards.stop_if_needed = stop
+    with pytest.raises(GuardStop, match="step-000003"):
+        trainer.train()
+    assert list_checkpoints(out) == [path_of(out, 3), path_of(out, 4)]
+    assert files.read_facts(path_of(out, 4))["ended"], "no step is left to take"
+    make_trainer(out, lively, max_steps=4, save_steps=1, save_total_limit=1, resume="auto").train()
+    assert make_trainer(out, lively, max_steps=4, save_steps=1, save_total_limit=1, resume="auto").session.finished
+
+
+def test_a_run_killed_in_the_middle_of_run_json_begins_again(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".run.json.partial").write_text('{"kind": "tr')
+    assert start_of(RunFolder(str(tmp_path), resumes=True)).over
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "metrics.jsonl"])
+def test_a_disk_that_fills_up_anywhere_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    out = tmp_path / "out"
+    trainer = make_trainer(out, lively, max_steps=2, save_steps=1)
+    wrote = Path.write_text
+
+    def full(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return wrote(self, *args, **kwargs)
+
+    def full_tokenizer(*_: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    monkeypatch.setattr(Path, "write_text", full)
+    if name == "tokenizer.json":
+        monkeypatch.setattr(trainer.parts.tokenizer, "save_pretrained", full_tokenizer)
+    if name == "metrics.jsonl":
+        monkeypatch.setattr(trainer.folder, "lengths", wrote_nothing)
+    with pytest.raises(UserError, match=r"(model|step 2) could not be written \(No space left.*\); free space"):
+        trainer.train()
+    assert (out / "model").exists() == (name == "metrics.jsonl")
+    trainer.session.lock.check_free()
+
+
+def wrote_nothing() -> dict[str, int]:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_model_is_on_the_disk_with_its_card_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    rename = Path.rename
+    monkeypatch.setattr(files, "sync", lambda path: events.append(path.name))
+    monkeypatch.setattr(saving, "sync", lambda path: events.append(path.name))
+
+    def renamed(self: Path, to: Path) -> Path:
+        events.append(f"rename {to.name}")
+        assert (self / "README.md").exists()
+        return rename(self, to)
+
+    trainer = make_trainer(tmp_path / "out", lively, save_steps=-1)
+    monkeypatch.setattr(Path, "rename", renamed)
+    trainer.save_model(tmp_path / "out" / "model")
+    assert events[-3:] == [".model.partial", "rename model", "out"]
+    assert {"README.md", "model.safetensors", "config.json"} <= set(events[:-3])
+
+
+def test_the_lock_is_given_back_whatever_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path / "out", lively, save_steps=0)
+    monkeypatch.setattr(trainer.view, "stop", lambda: {}["bug"])
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyError, match="bug"):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (tmp_path / "out" / ".lock").exists()
+    trainer = make_trainer(tmp_path / "other", lively, save_steps=0)
+    monkeypatch.setattr(trainer.session.writer, "wait", lambda: {}["bug"])
+    trainer.session.lock.path.parent.mkdir()
+    trainer.session.lock.acquire()
+    with pytest.raises(KeyError, match="bug"):
+        trainer.session.end()
+    assert not (tmp_path / "other" / ".lock").exists()
 
 
 # In the background ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import gc
 import json
 import math
+import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 
 from faults import NaNLayer, OutOfMemory, in_gradient, not_in_gradient
 from remax.cli import main
+from remax.components import Components
 from remax.errors import GuardStop, UserError
 from remax.guards.memory import MemoryGuard, MidStepStop, is_out_of_memory
 from remax.rewards import RewardModel
@@ -368,6 +371,29 @@ def test_a_failed_attempt_leaves_no_tensor_in_memory() -> None:
     other = MemoryGuard()
     other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert other.run("micro_batch_tokens", 100, lambda size: size, whole=50, smallest=1) == 3
+
+
+@pytest.mark.parametrize("fault", [UserError("no"), KeyboardInterrupt()])
+def test_a_step_that_breaks_off_leaves_no_reference_running(tmp_path: Path, monkeypatch: Any, fault: Any) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        time.sleep(0.3)
+        ended.set()
+        raise ValueError("nobody hears of it")
+
+    def rewards(*args: Any) -> Any:
+        begun.wait(5)
+        raise fault
+
+    monkeypatch.setattr(Components, "overlaps", True)
+    monkeypatch.setattr(Components, "reference_logprobs", slow)
+    monkeypatch.setattr(Components, "score", rewards)
+    trainer = make_trainer(tmp_path / "out", lively, beta=0.1)
+    with pytest.raises(type(fault)):
+        trainer.step(trainer.order.batch(1), 1)
+    assert ended.is_set()
 
 
 def test_other_errors_pass() -> None:

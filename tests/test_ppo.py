@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -357,6 +358,13 @@ def test_beta_moves_by_the_relative_error_of_the_kl(tmp_path: Path, ratio: float
     assert trainer.method.beta == pytest.approx(0.3 * (1 + error * 16 / 50), rel=1e-5)
     later = trainer.step(trainer.order.batch(2), 2)
     assert later.metrics["beta"] == pytest.approx(0.3 * (1 + error * 16 / 50), rel=1e-5)
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_a_kl_that_is_not_finite_leaves_beta(tmp_path: Path, kl: float) -> None:
+    method = make_ppo(tmp_path, beta=0.3, target_kl=1.0).method
+    method._adapt_beta(SimpleNamespace(log_ratios=torch.tensor([[kl, 0.1]]), samples=[None] * 8))
+    assert method.beta == 0.3
 
 
 def test_the_next_step_takes_the_adapted_beta_into_its_rewards(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from faults import NaNLayer
+from remax.checkpoint.files import write_checkpoint, write_json
 from remax.cli import main
 from remax.config import ReplayConfig
 from remax.errors import UserError
+from remax.guards.dumps import KINDS
 from remax.guards.replay import run_replay
 from toy_tokenizers import toy_tokenizer
 from toy_training import lively, make_trainer, policy
@@ -146,6 +148,41 @@ def test_a_broken_value_model_is_dumped_and_replayed(tmp_path: Path, model: str)
     assert replay.reproduced
     assert len(replay.rows) == 8
     assert replay.rows[0].first.startswith("value of token 0 ")
+
+
+def test_a_made_up_dump_is_refused_in_one_sentence(tmp_path: Path, model: str) -> None:
+    _, dump = skipped_step(tmp_path / "out", model, break_token(5), **PPO)
+    facts = json.loads((dump / "state.json").read_text())
+    tensors = load_file(dump / "samples.safetensors")
+    first = facts["samples"][0]
+
+    def refused(said: str, state: Any = facts, samples: Any = tensors, without: str = "") -> None:
+        shutil.rmtree(tmp_path / "made_up", ignore_errors=True)
+
+        def fill(folder: Path) -> None:
+            write_json(folder / "state.json", state)
+            save_file(samples, folder / "samples.safetensors")
+            if not without:
+                shutil.copy(dump / "policy.safetensors", folder)
+
+        write_checkpoint(tmp_path / "made_up", fill)
+        with pytest.raises(UserError, match=said):
+            run_replay(ReplayConfig(str(tmp_path / "made_up")))
+
+    for name in facts.keys() & KINDS.keys():
+        refused("something else than a dump", {key: value for key, value in facts.items() if key != name})
+        refused("something else than a dump", {**facts, name: None})
+    for name in first:
+        refused("something else than a dump", {**facts, "samples": [{**first, name: {}}, *facts["samples"][1:]]})
+    for state in ([], "x", {**facts, "samples": []}, {**facts, "sampling": {**facts["sampling"], "more": 1}}):
+        refused("something else than a dump", state)
+    for name in ("logprobs", "rewards", "advantages", "experience/mask"):
+        refused("something else than a dump", samples={**tensors, name: torch.zeros(1)})
+    refused("something else than a dump", samples={"rewards": tensors["rewards"]})
+    refused("none of PPO's", samples={name: t for name, t in tensors.items() if name != "experience/returns"})
+    refused("policy.safetensors is missing or cannot be read", without="policy")
+    beyond = {**first, "prompt_ids": [10**6]}
+    refused("it has token 1000000", {**facts, "samples": [beyond, *facts["samples"][1:]]})
 
 
 def test_what_is_no_dump_exits_with_2(tmp_path: Path, model: str, capsys: Any) -> None:

@@ -181,7 +181,7 @@ def test_a_function_gets_and_gives_everything_across_the_boundary(make: Any, cap
     assert reward.pop_metrics() == {"share": 0.5}
     assert reward.pop_extra() == {"first": ["a", "bb"], "day": ["2026-01-01"] * 2}
     assert reward.pop_extra() == {}
-    printed = "\x1b[1mseen\x1b[0m " + str([row.prompt.content for row in rows]) + " café\n"
+    printed = "\ufffd[1mseen\ufffd[0m " + str([row.prompt.content for row in rows]) + " café\n"
     assert capsys.readouterr().out == printed
 
 
@@ -567,6 +567,22 @@ def test_a_run_goes_on_after_an_outage_as_if_there_had_been_none(run_file: Path,
     train("whole")
     for name in ("completions.jsonl", "model/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("timeout_seconds", [0.0, 20.0])
+def test_a_file_that_changed_between_a_run_and_its_resume_is_refused(
+    run_file: Path, tmp_path: Path, timeout_seconds: float, capsys: Any
+) -> None:
+    def train(**settings: Any) -> None:
+        reward = named_function(f"{run_file}:lively", timeout_seconds)
+        make_trainer(tmp_path / "out", reward, **settings).train()
+
+    train(max_steps=1)
+    run_file.write_text(run_file.read_text() + "# other\n")
+    with pytest.raises(UserError, match=r"other settings \(the file of the reward lively: \w{16} -> \w{16}\)"):
+        train(max_steps=1, resume="auto")
+    train(max_steps=1, resume="auto", allow_config_change=True)
+    assert "the file of the reward lively: " in capsys.readouterr().out
 
 
 def test_no_reward_at_all_in_the_first_step_is_a_mistake(run_file: Path, tmp_path: Path) -> None:

@@ -283,6 +283,39 @@ def test_a_token_is_wanted_once_it_is_set(monkeypatch: pytest.MonkeyPatch) -> No
             client(server).wait_until_ready()
 
 
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "192.168.0.7", "[", ""]
+)
+def test_a_name_that_was_made_to_lead_here_is_refused_without_a_token(
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with running() as server:
+        for method, path in (("GET", "/health"), ("POST", "/score")):
+            status, content = ask(server, GOOD, method=method, path=path, Host=host)
+            assert status == 403
+            assert content["error"].startswith("the Host header is neither localhost nor a loopback address")
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    monkeypatch.setenv("REMAX_REWARD_TOKEN", "s3cret")
+    with running() as server:
+        assert ask(server, GOOD, Host=host, Authorization="Bearer s3cret")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "127.9.9.9:80", "[::1]", "[::1]:8000"])
+def test_names_of_this_machine_are_taken(host: str) -> None:
+    with running() as server:
+        assert ask(server, GOOD, Host=host)[0] == 200
+
+
+def test_a_long_request_that_is_refused_unread_is_not_sent_again(capsys: Any) -> None:
+    waits: list[float] = []
+    with running(max_request_bytes=1000) as server:
+        reward = RemoteReward(server.url, timeout_seconds=10.0, sleep=waits.append)
+        with pytest.warns(UserWarning, match=r"answered 413 \(the request is longer than 1000 bytes\)"):
+            assert repr(reward([completion("p", "x" * 30_000_000)])) == "[nan]"
+    assert waits == []
+    assert capsys.readouterr().err.count("with 413") == 1
+
+
 def test_other_machines_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REMAX_REWARD_TOKEN", raising=False)
     for host in ("0.0.0.0", "::", "", "192.0.2.1", "example.org"):

@@ -115,7 +115,7 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "parts")
     assert outcome(tmp_path / "parts")["steps"] == list(range(1, STEPS + 1))
     assert found == expected
-    assert not list((tmp_path / "parts").glob("checkpoint-*"))
+    assert not list((tmp_path / "parts").rglob("checkpoint-*"))
 
     again = run(stage, tmp_path / "parts", **settings, resume="auto")
     assert again == pytest.approx(expected), "a finished one only tells its figures"
@@ -141,6 +141,16 @@ def test_a_stage_refuses_what_it_cannot_go_on_with(
     run("sft", out, resume="auto")
     assert f"{path_of(out, 4)} cannot be used: optimizer.pt has " in capsys.readouterr().out
     assert outcome(whole) == outcome(out)
+
+
+def test_a_state_that_does_not_fit_a_stage_costs_no_newer_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("sft", out, use_peft=True, max_steps=4)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again = {"max_steps": 4, "use_peft": True, "lora_r": 5, "allow_config_change": True}
+    with pytest.raises(UserError, match=r"step-000002: its state does not fit the model .*; resume with the --model"):
+        run("sft", out, resume=str(path_of(out, 2)), **again)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])

@@ -17,7 +17,8 @@ from benchmarks.speed.process import content_reward
 from remax.trainer import ReMaxTrainer
 
 BASE = Case("base", Shape(256, 768, 4, 4, 2048), 16, 16, 48)
-WIDE = Case("wide", Shape(128, 384, 4, 2, 32_768), 16, 16, 48, micro_batch_tokens=512, rounds=2)
+WIDE = Case("wide", Shape(128, 384, 4, 2, 32_768), 32, 16, 48, micro_batch_tokens=1024, rounds=1)
+"""Two micro-batches, each of which fills a chunk of the head at every one of the vocabularies."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What every command does, as a function of its settings; heavy imports happen inside, so help and errors are quick."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,13 +34,13 @@ class Command:
 def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig) -> None:
     """`remax train`"""
     from remax.recording import RunFolder
+    from remax.rewards.named import named_gold_rewards, named_rewards
 
     # A folder that is taken is found before the imports that take seconds.
     RunFolder(args.output_dir, resumes=args.resume != "none")
-    rewards = _rewards(inputs, args)
+    rewards = named_rewards(inputs, args.reward_timeout_seconds)
 
     from remax.doctor import quick_warnings
-    from remax.rewards.named import named_gold_rewards
     from remax.trainer import ReMaxTrainer
 
     for line in quick_warnings(inputs, args):
@@ -55,14 +56,6 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig) -> None:
     )
     trainer.train()
     print(f"The trained model is in {trainer.folder.model}.")
-
-
-def _rewards(
-    inputs: config.TrainInputs | config.EvaluateInputs | config.LabInputs, args: config.ScoringOptions
-) -> list[Any]:
-    from remax.rewards.named import named_rewards
-
-    return named_rewards(inputs, args.reward_timeout_seconds)
 
 
 def run_sft(inputs: config.StageInputs, args: config.SFTConfig) -> None:
@@ -106,9 +99,10 @@ def _run_stage(
 def run_evaluate(inputs: config.EvaluateInputs, args: config.EvaluateConfig) -> None:
     """`remax evaluate`"""
     from remax.recording import RunFolder
+    from remax.rewards.named import named_rewards
 
     folder = RunFolder(args.output_dir) if args.output_dir else None
-    rewards = _rewards(inputs, args)
+    rewards = named_rewards(inputs, args.reward_timeout_seconds)
 
     from remax.evaluate import evaluate_checkpoint
 
@@ -118,9 +112,10 @@ def run_evaluate(inputs: config.EvaluateInputs, args: config.EvaluateConfig) -> 
 def run_lab(inputs: config.LabInputs, args: config.LabConfig) -> None:
     """`remax lab`"""
     from remax.recording import RunFolder
+    from remax.rewards.named import named_rewards
 
     folder = RunFolder(args.output_dir)
-    rewards = _rewards(inputs, args)
+    rewards = named_rewards(inputs, args.reward_timeout_seconds)
 
     from remax.lab.experiment import run_lab
 
@@ -155,8 +150,10 @@ def run_doctor(inputs: config.TrainInputs, options: config.DoctorOptions, args: 
     # What a training imports: on a CPU, the size of this process is where its memory starts.
     import remax.trainer  # noqa: F401
     from remax.doctor.command import run_doctor
+    from remax.rewards.named import named_rewards
 
-    findings = run_doctor(inputs, args, options, load_rewards=lambda: _rewards(inputs, args))
+    rewards = functools.partial(named_rewards, inputs, args.reward_timeout_seconds)
+    findings = run_doctor(inputs, args, options, load_rewards=rewards)
     if any(finding.status == "fail" for finding in findings):
         raise SystemExit(2)  # The table has said it all.
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -156,27 +156,27 @@ class Components:
         raise GuardStop(
             f"{int(missing.sum())} of the step's {len(missing)} completions have no reward, more than "
             f"--max_missing_rewards {max_missing:g} allows ({'; '.join(reasons) or 'the rewards gave no number'}); see "
-            "to that and go on, or allow more."
+            "to that and go on (with --allow_config_change if you correct a reward's file), or allow more."
         )
 
-    def begin_reference(self, rollout: Rollout, args: ReMaxConfig) -> Callable[[], list[Tensor] | None]:
+    def begin_reference(self, rollout: Rollout, args: ReMaxConfig) -> "Begun":
         """Returns a function that returns the samples' log-probabilities under the reference; None if no update needs
         them.
 
         Work on them may have begun. Greedy completions are never scored.
 
         Reward functions leave a GPU idle: there the reference runs beside them, in a thread of its own, since theirs
-        may have to be the main one (signals).
+        may have to be the main one (signals). As a context, it waits for that thread before an exception leaves.
         """
         if self.reference is None or args.needs_exact_kl:
-            return lambda: None
+            return Begun(lambda: None)
         work = functools.partial(self.reference_logprobs, rollout.samples, args.micro_batch_tokens)
         if not self.overlaps:
-            return work
+            return Begun(work)
         pool = ThreadPoolExecutor(max_workers=1)
         future = pool.submit(work)
         pool.shutdown(wait=False)
-        return future.result
+        return Begun(future.result, future)
 
     @property
     def overlaps(self) -> bool:
@@ -230,6 +230,26 @@ class Components:
 
 def _rows(rollout: Rollout) -> list[Completion]:
     return [*rollout.samples, *rollout.greedy]
+
+
+class Begun:
+    """The reference's log-probabilities, None where none are needed; calling it returns them."""
+
+    def __init__(
+        self, result: Callable[[], list[Tensor] | None], running: "Future[list[Tensor]] | None" = None
+    ) -> None:
+        self._result, self._running = result, running
+
+    def __call__(self) -> list[Tensor] | None:
+        return self._result()
+
+    def __enter__(self) -> "Begun":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # The thread may run the policy with its adapter off; nobody may save the weights meanwhile.
+        if kind is not None and self._running is not None:
+            wait([self._running])
 
 
 class _WithinMemory:

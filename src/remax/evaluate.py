@@ -48,6 +48,15 @@ class Evaluation:
         """Returns the mean of every measurement over the prompts that have it."""
         return {name: float(values.mean()) for name, values in self._measured()}
 
+    def deciding(self, name: str, max_missing: float) -> float | None:
+        """Returns the mean of a measurement; None if too much is missing for it to decide which model is the best.
+
+        max_missing: of the prompts, the largest fraction without that measurement or, of a single reward function,
+        which need not apply everywhere, without a reward at all.
+        """
+        missing = np.isnan(self.values["reward" if name.startswith("rewards/") else name]).mean()
+        return self.means().get(name) if missing <= max_missing else None
+
     def intervals(self, seed: int = 0) -> dict[str, tuple[float, float]]:
         """Returns 95% bootstrap intervals of those means."""
         return {name: bootstrap_interval(values, seed=seed) for name, values in self._measured()}

@@ -21,10 +21,10 @@ _adds_to_grad: ContextVar[bool] = ContextVar("_adds_to_grad", default=False)
 
 @contextmanager
 def gradients_in_place() -> Iterator[None]:
-    """Within it, backward passes add to the gradient that the head's weight has, instead of making another one.
+    """Within it, backward passes add to the gradient of the head's weight in place, instead of making another one.
 
-    For whoever calls backward() on losses that are made here, in one process: neither torch.autograd.grad nor hooks on
-    the weight's gradient would see what is added.
+    For whoever calls backward() on losses that are made here, in one process: torch.autograd.grad would not see what is
+    added. Weights with hooks on their gradient are left out.
     """
     token = _adds_to_grad.set(True)
     try:
@@ -59,7 +59,8 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, head: nn.Linear, temperature: float, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.parameter = head.weight if _adds_to_grad.get() else None  # Backward may run in another thread.
+        in_place = _adds_to_grad.get() and not _is_watched(head.weight)
+        ctx.parameter = head.weight if in_place else None  # Now: backward may run in another thread.
         ctx.dtype = states.dtype
         pieces, kept = [], None
         for own, chosen in zip(torch.split(states, chunk_size), torch.split(targets, chunk_size), strict=True):
@@ -79,8 +80,10 @@ class _HeadLogprobs(torch.autograd.Function):
         cast = weight.to(ctx.dtype)
         wants_states, wants_weight = ctx.needs_input_grad[:2]
         d_states = torch.empty_like(states) if wants_states else None
-        there = ctx.parameter.grad if ctx.parameter is not None and wants_weight else None
-        d_weight = there if there is not None else torch.zeros_like(weight) if wants_weight else None
+        in_place = ctx.parameter is not None and wants_weight
+        if in_place and ctx.parameter.grad is None:
+            ctx.parameter.grad = torch.zeros_like(weight)
+        d_weight = ctx.parameter.grad if in_place else torch.zeros_like(weight) if wants_weight else None
         gradient = gradient / ctx.temperature
         for start in range(0, len(targets), ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
@@ -93,7 +96,7 @@ class _HeadLogprobs(torch.autograd.Function):
             elif d_weight is not None:
                 d_weight += d_logits.T @ own
             del d_logits  # Before the next chunk's is made.
-        return d_states, d_weight if there is None else None, None, None, None, None
+        return d_states, None if in_place else d_weight, None, None, None, None
 
 
 def _forward_chunk(ctx: Any, head: nn.Linear, states: Tensor, targets: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -113,6 +116,10 @@ def _backward_chunk(
     d_logits = probs.neg_()
     d_logits.scatter_add_(-1, targets.unsqueeze(-1), d_logits.new_ones(len(targets), 1))
     return d_logits.mul_(gradient.unsqueeze(-1)).to(ctx.dtype)
+
+
+def _is_watched(weight: Tensor) -> bool:
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -43,8 +43,6 @@ FOREIGN_NAMES = {
 }
 """Settings of TRL and other libraries, and what they are called here."""
 LARGEST_WHOLE_NUMBER = 2**63 - 1
-LONGEST_SENTENCE = 600
-"""Of an error, in characters."""
 
 
 def nearest(name: object, known: list[str]) -> str:
@@ -73,12 +71,9 @@ class Options:
             value = getattr(self, f.name)
             if value is not None or f.default is not None:  # None may stand for what another setting decides
                 object.__setattr__(self, f.name, _typed(f.name, value, hints[f.name]))
-        try:
-            for group in type(self).__mro__:
-                if check := vars(group).get("_check"):
-                    check(self)
-        except UserError as error:  # whatever texts it quotes, it stays one sentence that can be shown
-            raise UserError(shown(error, LONGEST_SENTENCE)) from None
+        for group in type(self).__mro__:
+            if check := vars(group).get("_check"):
+                check(self)
 
     def _require(self, condition: bool, name: str, consequence: str, instead: str) -> None:
         """Raises UserError with the project's one sentence for a bad setting unless the condition holds."""

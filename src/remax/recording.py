@@ -167,26 +167,25 @@ class RunFolder:
             if (self.path / name).exists():
                 os.truncate(self.path / name, lengths.get(name, 0))
 
-    def write_model_card(
-        self, folder: Path, *, base_model: str, title: str, lines: Iterable[str], task: str = "text-generation"
-    ) -> None:
-        """Writes the README.md that the Hugging Face hub shows for a model."""
-        front = {"library_name": "transformers", "tags": ["remax"], "pipeline_tag": task}
-        if not Path(base_model).exists() and "/" in base_model:
-            front["base_model"] = base_model
-        versions = ", ".join(f"{name} {version(name)}" for name in ("remax-rlhf", "transformers", "torch", "trl"))
-        body = [
-            "---",
-            yaml.safe_dump(front).strip(),
-            "---",
-            f"# {title}",
-            "",
-            *lines,
-            "",
-            f"Made with {versions}. The exact settings are in `config.yaml` of the run.",
-            "",
-        ]
-        (folder / "README.md").write_text("\n".join(body), encoding="utf-8")
+
+def model_card(*, base_model: str, title: str, lines: Iterable[str], task: str = "text-generation") -> str:
+    """Returns the README.md that the Hugging Face hub shows for a model."""
+    front = {"library_name": "transformers", "tags": ["remax"], "pipeline_tag": task}
+    if not Path(base_model).exists() and "/" in base_model:
+        front["base_model"] = base_model
+    versions = ", ".join(f"{name} {version(name)}" for name in ("remax-rlhf", "transformers", "torch", "trl"))
+    body = [
+        "---",
+        yaml.safe_dump(front).strip(),
+        "---",
+        f"# {title}",
+        "",
+        *lines,
+        "",
+        f"Made with {versions}. The exact settings are in `config.yaml` of the run.",
+        "",
+    ]
+    return "\n".join(body)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -13,15 +13,21 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from remax.checkpoint.files import sync, sync_tree
 from remax.models import quiet
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path | str, *, eos_token_ids: Sequence[int] = ()) -> None:
+def save_model(
+    model: Any, tokenizer: Any, folder: Path | str, *, eos_token_ids: Sequence[int] = (), card: str | None = None
+) -> None:
     """Writes a model and its tokenizer in Hugging Face format; a former one in the folder is replaced at the end.
 
     `from_pretrained` reads the folder without peft: adapters are merged into the weights that are written, and are
     themselves in folder/adapter. The model in memory is not touched. eos_token_ids: what ends a completion, for the
-    generation config of a language model.
+    generation config of a language model. card: the text of its README.md.
+
+    Raises:
+        OSError: the disk is full or broken; a former model in the folder is as it was.
     """
     folder = Path(folder)
     partial, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
@@ -30,16 +36,29 @@ def save_model(model: Any, tokenizer: Any, folder: Path | str, *, eos_token_ids:
     try:
         with quiet():
             _whole_copy(model, tokenizer, eos_token_ids).save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            _save_tokenizer(tokenizer, partial)
             if isinstance(model, PeftModel):
                 model.save_pretrained(str(partial / "adapter"), save_embedding_layers=False)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        sync_tree(partial)
         if folder.exists():
             shutil.rmtree(former, ignore_errors=True)
             folder.rename(former)
         partial.rename(folder)
+        sync(folder.parent)
         shutil.rmtree(former, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if "os error" in str(error):  # What tokenizers makes of an error of the system: a plain Exception.
+            raise OSError(str(error)) from error
+        raise
 
 
 def _whole_copy(model: Any, tokenizer: Any, eos_token_ids: Sequence[int]) -> Any:

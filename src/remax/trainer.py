@@ -29,7 +29,7 @@ from remax.metrics import StepRecord, completion_records, step_metrics
 from remax.plan import base_bytes, describe_peaks
 from remax.plan.device import free_main_memory
 from remax.progress import View, default_view
-from remax.recording import RunFolder
+from remax.recording import RunFolder, model_card
 from remax.saving import save_model
 
 SHOWN_OF_SETTINGS = (
@@ -120,6 +120,19 @@ class ReMaxTrainer:
         )
         if gold and parts.eval_prompts:
             parts.gold_functions = load_gold(gold, parts, self.args.reward_batch_size)
+        self._make_method()
+        self.session.check_same(fingerprints(self))
+        if self.args.bf16:  # PPO's value model has copied the reward model's float32 weights by now.
+            parts.hold_frozen_in_bfloat16()
+        self.run_config = run_config or {"model": parts.model_name, **dataclasses.asdict(self.args)}
+        self.view = view or default_view()
+        self.callbacks = list(callbacks or [])
+        self._make_records()
+        self._notify("on_init_end")
+
+    def _make_method(self) -> None:
+        """Makes what learns, and the order of its prompts."""
+        parts = self.parts
         self.order = PromptOrder(parts.prompts, self.args.batch_size, self.args.seed)
         self.max_steps = self.args.max_steps
         if self.max_steps == -1:
@@ -135,22 +148,18 @@ class ReMaxTrainer:
             rate_flag="learning_rate",
         )
         self.method = make_method(parts, self.args, self.policy, max_steps=self.max_steps)
-        self.session.check_same(fingerprints(self))
-        if self.args.bf16:  # PPO's value model has copied the reward model's float32 weights by now.
-            parts.hold_frozen_in_bfloat16()
-        self.meter = PhaseMeter(parts.accelerator.device)
+
+    def _make_records(self) -> None:
+        """Makes what counts, watches and tells."""
+        self.meter = PhaseMeter(self.accelerator.device)
         self.num_tokens = 0
         self.save_final_model = True
-        self.view = view or default_view()
-        self.run_config = run_config or {"model": parts.model_name, **dataclasses.asdict(self.args)}
         self.guards = Guards(
-            self.args, parts, self.method, self.folder.path, self.run_config, lambda: self.last_checkpoint
+            self.args, self.parts, self.method, self.folder.path, self.run_config, lambda: self.last_checkpoint
         )
-        self.callbacks = list(callbacks or [])
         self.state = TrainerState(max_steps=self.max_steps, logging_steps=self.args.logging_steps, log_history=[])
         self.control = TrainerControl()
-        parts.show_state(self.state)
-        self._notify("on_init_end")
+        self.parts.show_state(self.state)
 
     # The algorithm ----------------------------------------------------------------------------------------------------
 
@@ -162,8 +171,7 @@ class ReMaxTrainer:
             rollout = self.parts.roll_out(
                 prompts, num_samples=args.num_generations, greedy=greedy, seed=args.seed, step=step
             )
-        with self.meter.measure("reward"):
-            reference = self.parts.begin_reference(rollout, args)
+        with self.meter.measure("reward"), self.parts.begin_reference(rollout, args) as reference:
             rewards = self.parts.score(rollout)
             self.parts.require_rewards(rewards, args.max_missing_rewards, first=step == 1)
         with self.meter.measure("reference"):
@@ -212,10 +220,12 @@ class ReMaxTrainer:
             self.view.note(self._describe_memory())
             self._notify("on_train_end")
         except BaseException as error:
-            if isinstance(error, GuardStop) and not isinstance(error, MidStepStop) and self.state.global_step > 0:
-                self.session.save_before_stop(self)
-            # A second Ctrl-C does not wait for a checkpoint that is being written.
-            self._close(at_once=isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted))
+            try:
+                if isinstance(error, GuardStop) and not isinstance(error, MidStepStop) and self.state.global_step > 0:
+                    self.session.save_before_stop(self, ended=self._ended)
+            finally:
+                # A second Ctrl-C does not wait for a checkpoint that is being written.
+                self._close(at_once=isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted))
             if self.state.global_step == 0:
                 self.folder.discard()
             raise
@@ -233,9 +243,11 @@ class ReMaxTrainer:
         return self.session.last_checkpoint()
 
     def _close(self, *, at_once: bool = False) -> None:
-        self.view.stop()
-        self.accelerator.end_training()
-        self.session.end(at_once=at_once)
+        try:
+            self.view.stop()
+            self.accelerator.end_training()
+        finally:
+            self.session.end(at_once=at_once)
 
     def evaluate(self) -> Evaluation:
         """Returns how the policy does on the evaluation prompts: one sample each, and greedy."""
@@ -250,8 +262,6 @@ class ReMaxTrainer:
 
     def save_model(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format, adapters merged, with its tokenizer and a model card."""
-        with self.folder.writing(folder.name):
-            save_model(self.parts.policy, self.parts.tokenizer, folder, eos_token_ids=self.parts.sampling.eos_token_ids)
         name, settings = self.parts.model_name, self.run_config
         shown = {key: settings[key] for key in SHOWN_OF_SETTINGS if settings.get(key) not in (None, [])}
         lines = [
@@ -263,7 +273,10 @@ class ReMaxTrainer:
             *(f"| {key} | {value} |" for key, value in shown.items()),
         ]
         title = f"Model after {METHOD_NAMES[self.args.method].split(' (')[0]}"
-        self.folder.write_model_card(folder, base_model=name, title=title, lines=lines)
+        card = model_card(base_model=name, title=title, lines=lines)
+        stops = self.parts.sampling.eos_token_ids
+        with self.folder.writing(folder.name):
+            save_model(self.parts.policy, self.parts.tokenizer, folder, eos_token_ids=stops, card=card)
 
     def _describe_memory(self) -> str:
         value_model = self.method.critic.network if isinstance(self.method, PPO) else None
@@ -275,7 +288,7 @@ class ReMaxTrainer:
         started = time.perf_counter()
         self.meter.clear()
         self._notify("on_step_begin")
-        record = self._step_or_none(step)
+        record = self._whole_step(step)
         if step == 1 and not (record.trained.any() or record.skipped):
             names = ", ".join(function.name for function in self.parts.reward_functions)
             raise UserError(
@@ -308,7 +321,7 @@ class ReMaxTrainer:
         self._tell(self.guards.after_step(record, metrics))
         return metrics
 
-    def _step_or_none(self, step: int) -> StepRecord:
+    def _whole_step(self, step: int) -> StepRecord:
         """Takes a step; if a guard stops the run in the middle of it, the method forgets that it began."""
         before = self.method.state_dict()
         try:
@@ -344,7 +357,7 @@ class ReMaxTrainer:
                 f"--metric_for_best_model is {wanted}: evaluations do not measure that, so no model would be the best; "
                 f"set one of {', '.join(metrics)}."
             )
-        metric = metrics.get(wanted)
+        metric = evaluation.deciding(wanted.removeprefix("eval/"), self.args.max_missing_rewards)
         if metric is not None and (self.state.best_metric is None or metric > self.state.best_metric):
             self.state.best_metric, self.state.best_global_step = metric, step
             if self.args.save_best_model and step > 0:

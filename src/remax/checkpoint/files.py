@@ -4,6 +4,7 @@ OUT/checkpoints/
     run.json               which command the run is of, and its settings
     step-000200/           manifest.json has size and sha256 of every other file; state.json tells what it is of
     .step-000300.partial/  being written; worthless once its process is gone
+    checkpoint-300/        likewise, by transformers
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +64,12 @@ def publish(partial: Path, path: Path) -> None:
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file != partial / MANIFEST)
     entries = {}
     for file in files:
-        _sync(file)
+        sync(file)
         entries[file.relative_to(partial).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest_of(file)}
     write_json(partial / MANIFEST, {"format": FORMAT, "files": entries})
-    _sync(partial / MANIFEST)
-    _sync(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def problem_of(checkpoint: Path) -> str | None:
@@ -121,9 +121,26 @@ def remove(checkpoint: Path) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Deletes what processes left that died while they wrote or deleted a checkpoint."""
-    for partial in [*(folder / FOLDER).glob(".step-*.partial"), *folder.glob("checkpoint-*")]:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Deletes what processes left that died while they wrote or deleted a checkpoint; nothing outside of FOLDER."""
+    ours = re.compile(r"\.step-\d{6,}\.partial|checkpoint-\d+")
+    for path in (folder / FOLDER).glob("*"):
+        if ours.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether anything is in FOLDER but what a process left that was killed while it wrote run.json."""
+    return any(not path.name.startswith(".") for path in (folder / FOLDER).iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Returns run.json and the manifests, which are others once another run has written in the folder."""
+    found = {}
+    for name in [RUN, *(f"{checkpoint.name}/{MANIFEST}" for checkpoint in list_checkpoints(folder))]:
+        found[name] = b""
+        with suppress(OSError):
+            found[name] = (folder / FOLDER / name).read_bytes()
+    return found
 
 
 def digest_of(file: Path) -> str:
@@ -136,17 +153,25 @@ def digest_of(file: Path) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file at once."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Writes a JSON file at once, and waits until it is on the disk."""
+    partial = _partial(path)
     partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    sync(partial)
     partial.replace(path)
+    sync(path.parent)
 
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _sync(path: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Waits until a folder with everything in it would survive a loss of power."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from remax.checkpoint.changes import changes, refuse_changes
-from remax.checkpoint.files import FOLDER, RUN, list_checkpoints, path_of, remove, remove_partials, step_of, write_json
+from remax.checkpoint.files import (
+    FOLDER,
+    RUN,
+    contents,
+    list_checkpoints,
+    path_of,
+    remove,
+    remove_partials,
+    step_of,
+    write_json,
+)
 from remax.checkpoint.lock import RunLock
 from remax.checkpoint.signals import StopSignals
 from remax.checkpoint.start import Start, find_start
 from remax.config.checkpoint import CheckpointOptions
+from remax.errors import UserError
 from remax.recording import RunFolder
 
 
@@ -24,10 +35,12 @@ class Run:
             UserError: see `find_start`.
         """
         self.folder, self.options, self.config, self.kind = folder, options, config, kind
+        self._seen = self._look()
         self.start: Start = find_start(folder, options, config, kind=kind)
         self.lock = RunLock(folder.path)
         self.signals = StopSignals()
         self.fingerprints: Mapping[str, str] = {}
+        self._run_config: Mapping[str, Any] = {}
 
     @property
     def finished(self) -> bool:
@@ -46,39 +59,53 @@ class Run:
         )
 
     def begin(self, run_config: Mapping[str, Any], *, signals: bool = True) -> None:
-        """Takes the folder: creates it, or puts it back to where it was at the checkpoint. signals: wait for saving.
+        """Takes the folder, or creates it; where the run goes on, `go_back` has to follow. signals: wait for saving.
 
         Raises:
-            UserError: another run has it.
+            UserError: another run has it, or has written there since this one looked where to begin.
         """
+        self._run_config = run_config
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.lock.acquire()
         try:
+            if self._look() != self._seen:
+                raise UserError(
+                    f"--output_dir is {self.folder.path}: another run wrote there meanwhile, so this one would "
+                    "begin at the wrong place; start it again."
+                )
             with self.folder.writing("the start of a run"):
-                self._prepare(run_config)
+                self._prepare()
         except BaseException:
             self.lock.release()
             raise
         if signals and self.options.save_steps >= 0:
             self.signals.catch()
 
-    def _prepare(self, run_config: Mapping[str, Any]) -> None:
+    def _look(self) -> tuple[Any, ...]:
+        """Returns what `find_start` goes by."""
+        return self.folder.held, self.folder.model.exists(), contents(self.folder.path)
+
+    def _prepare(self) -> None:
         if self.start.over:
             print(f"The run in {self.folder.path} left no checkpoint: it begins again.")
             self.folder.clear()
         remove_partials(self.folder.path)
-        if self.start.checkpoint is not None:
-            self._go_back(self.start.checkpoint)
         self.folder.check()
+        if self.start.checkpoint is None:
+            self._write_settings()
+
+    def _write_settings(self) -> None:
         if self.options.save_steps >= 0:  # Before anything else: without it, nobody could go on after a kill.
             (self.folder.path / FOLDER).mkdir(exist_ok=True)
             write_json(self.folder.path / FOLDER / RUN, {"kind": self.kind, "config": dict(self.config)})
-        self.folder.write_config(run_config)
+        self.folder.write_config(self._run_config)
 
     def end(self, *, at_once: bool = False) -> None:
         """Lets the folder go; may be called twice."""
-        self.signals.give_back()
-        self.lock.release()
+        try:
+            self.signals.give_back()
+        finally:
+            self.lock.release()
 
     def facts(self) -> dict[str, Any]:
         """Returns what every checkpoint's state.json has, and makes sure that the lines up to here stay written."""
@@ -108,6 +135,19 @@ class Run:
                 f"stopped after step {step}, with its state saved in {saved}; go on with the same command and "
                 "--resume auto."
             )
+
+    def go_back(self) -> None:
+        """Puts the folder back to where it was at the checkpoint, if there is one, whose state has been restored.
+
+        Only then: what is deleted here would be lost to a run whose state does not fit.
+
+        Raises:
+            UserError: something could not be written.
+        """
+        if self.start.checkpoint is not None:
+            with self.folder.writing("the start of a run"):
+                self._go_back(self.start.checkpoint)
+                self._write_settings()
 
     def _go_back(self, checkpoint: Path) -> None:
         for newer in list_checkpoints(self.folder.path):

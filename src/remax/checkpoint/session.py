@@ -43,6 +43,7 @@ class Session(Run):
         if self.start.checkpoint is None:
             return {}
         state.restore(trainer, self.start.checkpoint, self.start.facts)
+        self.go_back()
         trainer.control.should_training_stop = self.start.ended
         steps, evaluations = self.folder.read("metrics.jsonl"), self.folder.read("eval.jsonl")
         history = sorted(steps + evaluations, key=lambda line: line["step"])
@@ -73,7 +74,10 @@ class Session(Run):
             except UserError as error:
                 if stopped:
                     raise
-                self._unsaved = error  # The model may still find room.
+                if ended:
+                    self._unsaved = error  # The model may still find room.
+                else:
+                    trainer.view.note(f"Warning: {error}")
             if stopped:
                 self.raise_if_stopped(step)
 
@@ -82,30 +86,42 @@ class Session(Run):
         if self._unsaved is not None:
             raise self._unsaved
 
-    def save_before_stop(self, trainer: Any) -> None:
-        """Saves the state because a guard stops the run, and says where, or why not."""
+    def save_before_stop(self, trainer: Any, *, ended: bool) -> None:
+        """Saves the state because a guard stops the run, and says where, or why not.
+
+        No checkpoint is deleted for it: the guard's message names one to go back to.
+        """
         if self.options.save_steps >= 0:
             try:
-                trainer.view.note(f"The state is saved in {self.save(trainer)}; --resume auto goes on from there.")
+                saved = self.save(trainer, ended=ended, rotates=False)
+                trainer.view.note(f"The state is saved in {saved}; --resume auto goes on from there.")
             except UserError as error:
                 trainer.view.note(f"Warning: {error}")
 
-    def save(self, trainer: Any, *, ended: bool = False, background: bool = False) -> Path:
+    def save(self, trainer: Any, *, ended: bool = False, background: bool = False, rotates: bool = True) -> Path:
         """Saves the state between two steps and returns where; in the background, if memory suffices for a copy.
 
+        rotates: deletes the oldest ones beyond the limit; in the background always.
+
         Raises:
-            UserError: it could not be written; never in the background, where a failure is only warned of.
+            UserError: it could not be written; a failure that only shows in the background is warned of there.
         """
         step, best_step = trainer.state.global_step, trainer.state.best_global_step
         self.writer.wait()  # Its copy is given back before there is another one.
         background = background and self.free_memory() > 2 * state.num_bytes(trainer)
-        snapshot = state.capture(trainer, {**self.facts(), "ended": ended}, copies=background)
-        write: Callable[..., None] = self.writer.begin if background else self.writer.write
-        write(step, best_step, snapshot.write)
+        with self.folder.writing(f"the checkpoint of step {step}"):
+            facts = {**self.facts(), "ended": ended}
+        snapshot = state.capture(trainer, facts, copies=background)
+        if background:
+            self.writer.begin(step, best_step, snapshot.write)
+        else:
+            self.writer.write(step, best_step, snapshot.write, rotates=rotates)
         return path_of(self.folder.path, step)
 
     def end(self, *, at_once: bool = False) -> None:
         """Lets the folder go; unless at once, when nothing is being written any more. May be called twice."""
-        if not at_once:
-            self.writer.wait()
-        super().end()
+        try:
+            if not at_once:
+                self.writer.wait()
+        finally:
+            super().end()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remax.checkpoint.changes import changes, refuse_changes
-from remax.checkpoint.files import FACTS, FOLDER, RUN, list_checkpoints, problem_of, read_facts, step_of
+from remax.checkpoint.files import FACTS, FOLDER, RUN, is_begun, list_checkpoints, problem_of, read_facts, step_of
 from remax.checkpoint.lock import RunLock
 from remax.config.checkpoint import CheckpointOptions
 from remax.errors import UserError
@@ -41,7 +41,7 @@ def find_start(folder: RunFolder, options: CheckpointOptions, config: Mapping[st
     RunLock(folder.path).check_free()
     if options.resume == "none" or (options.resume == "auto" and folder.held is None):
         return Start()
-    if folder.held == FOLDER and not any((folder.path / FOLDER).iterdir()):  # Killed before it wrote anything.
+    if folder.held == FOLDER and not is_begun(folder.path):  # Killed before it wrote anything.
         return Start(over=True)
     run = _read_run(folder, options, kind)
     checkpoint = _usable(folder, options)

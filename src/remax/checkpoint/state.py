@@ -132,6 +132,8 @@ def fingerprints(trainer: Any) -> dict[str, str]:
     for function in parts.reward_functions:
         if isinstance(model := getattr(function, "model", None), nn.Module):
             prints[f"the reward model {function.name}"] = fingerprint(model)
+        if digest := getattr(function, "source_digest", ""):
+            prints[f"the file of the reward {function.name}"] = digest
     return prints
 
 

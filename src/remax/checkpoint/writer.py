@@ -21,6 +21,7 @@ class Job:
     step: int
     best_step: int | None
     fill: Callable[[Path], None]
+    rotates: bool = True
     error: Exception | None = None
 
 
@@ -41,14 +42,14 @@ class Writer:
         self._thread = threading.Thread(target=self._run, args=(self._job,), name="remax-checkpoint", daemon=True)
         self._thread.start()
 
-    def write(self, step: int, best_step: int | None, fill: Callable[[Path], None]) -> None:
-        """Writes a checkpoint.
+    def write(self, step: int, best_step: int | None, fill: Callable[[Path], None], *, rotates: bool = True) -> None:
+        """Writes a checkpoint. rotates: deletes the oldest ones beyond the limit.
 
         Raises:
             UserError: it could not be written; older ones are as they were.
         """
         self.wait()
-        job = Job(step, best_step, fill)
+        job = Job(step, best_step, fill, rotates)
         self._run(job)
         if job.error is not None:
             raise UserError(f"{self._describe(job)}; free space and go on with --resume auto.") from job.error
@@ -69,7 +70,8 @@ class Writer:
         try:
             if not path.exists():
                 write_checkpoint(path, job.fill)
-            rotate(self.folder, self.limit, job.best_step)
+            if job.rotates:
+                rotate(self.folder, self.limit, job.best_step)
         except Exception as error:
             job.error = error
 

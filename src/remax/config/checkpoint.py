@@ -13,7 +13,8 @@ class CheckpointOptions(Options):
     """Steps between two checkpoints in OUT/checkpoints; 0 for none but the last one (at the end, at Ctrl-C or SIGTERM),
     -1 for none at all."""
     save_total_limit: int = 2
-    """How many checkpoints are kept: the newest ones and, among them, the one with the best evaluation."""
+    """How many checkpoints are kept: the newest ones and, among them, the one with the best evaluation; 1 keeps two if
+    an older one is the best."""
     resume: str = "none"
     """none, auto (go on with the run in --output_dir if it holds one, else begin), or the path of a checkpoint of that
     run."""

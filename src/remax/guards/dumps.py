@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,6 +27,36 @@ from remax.metrics import StepRecord
 FOLDER = "dumps"
 MAX_DUMPS = 3
 """A run keeps no more: each has the size of the weights, and the first ones show where it begins."""
+NUMBERS = "numbers"
+"""Stands for a list of whole numbers from 0 among the kinds."""
+KINDS: dict[str, tuple[Any, ...]] = {
+    "step": (int,),
+    "seed": (int,),
+    "cause": (str,),
+    "network": (str,),
+    "micro_batch_tokens": (int,),
+    "config": (dict,),
+    "sampling": (dict,),
+    "samples": (list,),
+}
+KINDS_OF_CONFIG = {"model": (str, type(None)), "reward_model": (str, type(None))}
+KINDS_OF_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "max_completion_length": (int,),
+    "eos_token_ids": (NUMBERS,),
+    "temperature": (float, int),
+    "top_p": (float, int),
+    "top_k": (int,),
+}
+KINDS_OF_SAMPLE: dict[str, tuple[Any, ...]] = {
+    "row": (int,),
+    "prompt_index": (int,),
+    "sample_index": (int,),
+    "prompt": (str, list),
+    "prompt_ids": (NUMBERS,),
+    "completion": (str,),
+    "completion_ids": (NUMBERS,),
+    "truncated": (bool,),
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +68,12 @@ class Dump:
     samples: Mapping[str, Tensor]
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """Returns the weights of a network by parameter."""
-        return load_file(self.path / f"{name}.safetensors")
+        """Returns the weights of a network by parameter.
+
+        Raises:
+            UserError: the dump has none.
+        """
+        return _load(self.path, f"{name}.safetensors")
 
 
 def write_dump(
@@ -118,7 +153,57 @@ def read_dump(path: str) -> Dump:
         problem = "samples.safetensors is missing"
     if problem is not None:
         raise UserError(f"--dump is {path}: {problem}, so it is no dump that can be replayed; set another one.")
-    facts = read_facts(folder)
-    if "network" not in facts or "samples" not in facts:
+    try:
+        facts = read_facts(folder)
+    except (ValueError, RecursionError):
+        facts = {}
+    tensors = _load(folder, "samples.safetensors")
+    if not (_are_facts(facts) and _are_of(facts["samples"], tensors)):
         raise UserError(f"--dump is {path}: that is something else than a dump; set a folder in the dumps of a run.")
-    return Dump(folder, facts, load_file(folder / "samples.safetensors"))
+    return Dump(folder, facts, tensors)
+
+
+def _load(folder: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError):
+        raise UserError(f"--dump is {folder}: its {name} is missing or cannot be read; set another one.") from None
+
+
+def _are_facts(facts: Any) -> bool:
+    """Whether state.json has what a replay reads, of the right kinds: its checksum says not who wrote it."""
+    return (
+        _has(facts, KINDS)
+        and _has({"model": None, "reward_model": None, **facts["config"]}, KINDS_OF_CONFIG)
+        and _has(facts["sampling"], KINDS_OF_SAMPLING)
+        and facts["sampling"].keys() == KINDS_OF_SAMPLING.keys()
+        and len(facts["samples"]) > 0
+        and all(_has(s, KINDS_OF_SAMPLE) and s["prompt_ids"] and s["completion_ids"] for s in facts["samples"])
+    )
+
+
+def _has(content: Any, kinds: Mapping[str, tuple[Any, ...]]) -> bool:
+    return isinstance(content, dict) and all(
+        name in content and (type(content[name]) in known or (NUMBERS in known and _are_numbers(content[name])))
+        for name, known in kinds.items()
+    )
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value)
+
+
+def _are_of(samples: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors have the shapes of these samples."""
+    lengths = [len(sample["completion_ids"]) for sample in samples]
+    shapes = {"logprobs": (sum(lengths),), "rewards": (len(samples),), "advantages": (len(samples),)}
+    if "ref_logprobs" in tensors:
+        shapes["ref_logprobs"] = (sum(lengths),)
+    padded = [tensor for name, tensor in tensors.items() if name.startswith("experience/")]
+    return (
+        all(name in tensors and tuple(tensors[name].shape) == shape for name, shape in shapes.items())
+        and all(t.dim() == 2 and len(t) == len(samples) and t.shape[1] >= max(lengths) for t in padded)
+        and all(
+            t.dtype == torch.bool if name == "experience/mask" else t.is_floating_point() for name, t in tensors.items()
+        )
+    )

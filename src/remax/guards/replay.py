@@ -107,6 +107,12 @@ class _Update:
             )
         models.check_model_exists(name, flag="--model")
         self.parts = self._components(name)
+        ids = [token for c in self.record.rollout.samples for token in c.prompt.token_ids + c.token_ids]
+        if max(ids) >= (known := self.parts.policy.get_input_embeddings().num_embeddings):
+            raise UserError(
+                f"--dump is {dump.path}: it has token {max(ids)}, and the model's tokens end at {known - 1}; set "
+                "--model to the one that the run began with."
+            )
         rows = list(range(len(self.facts["samples"])))
         if self.args.method == "ppo":
             self.groups, self.run_pass, self.network = self._ppo(rows)
@@ -193,6 +199,8 @@ class _Update:
         prefix = "experience/"
         tensors = {n.removeprefix(prefix): t.to(device) for n, t in self.dump.samples.items() if n.startswith(prefix)}
         samples = self.record.rollout.samples
+        if tensors.keys() != {f.name for f in fields(Experience)} - {"samples"}:
+            raise UserError(f"--dump is {self.dump.path}: its samples are none of PPO's; set another one.")
         experience = Experience(samples, **tensors)
         num_tokens = int(experience.mask.sum())
         of_value = self.facts["network"] == "value"

@@ -153,7 +153,8 @@ class PPO:
         """
         experience, rows = update.experience, update.rows
         num_tokens = int(experience.mask[rows].sum())
-        num_clipped, value_loss = 0, 0.0
+        num_clipped = 0
+        own_value_losses: list[Tensor] = []
 
         def policy_losses() -> Iterator[Tensor]:
             nonlocal num_clipped
@@ -163,14 +164,14 @@ class PPO:
                 yield loss
 
         def value_losses() -> Iterator[Tensor]:
-            nonlocal value_loss
-            value_loss = 0.0
+            own_value_losses.clear()
             for loss in self._value_losses(experience, rows):
-                value_loss += loss.item()
+                own_value_losses.append(loss.detach())
                 yield loss
 
         policy_norm = self._guarded("policy", update, lambda: self.policy.update(policy_losses()))
         value_norm = self._guarded("value", update, lambda: self.critic.update(value_losses()))
+        value_loss = sum(loss.item() for loss in own_value_losses)  # Read only now: a GPU would be waited for.
         return policy_norm, num_clipped / num_tokens, value_loss, value_norm
 
     def _guarded(self, network: str, update: Update, take: Callable[[], float]) -> float:
@@ -262,6 +263,8 @@ class PPO:
         if self.args.target_kl is None:
             return
         kl = experience.log_ratios.sum(-1).mean().item()
+        if not math.isfinite(kl):  # max(-0.2, nan) would be -0.2
+            return
         error = min(KL_ERROR_LIMIT, max(-KL_ERROR_LIMIT, kl / self.args.target_kl - 1))
         self.beta *= 1 + error * len(experience.samples) / self.args.kl_horizon
 

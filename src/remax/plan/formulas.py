@@ -165,12 +165,12 @@ def decoding_weights(network: Network, length: int, args: ReMaxConfig, *, on_gpu
 def choice(widths: Widths, rows: int, sampled: int, args: ReMaxConfig) -> list[Block]:
     """Returns what the draw of a token for each row makes of logits [rows, V].
 
-    The logits themselves; of the sampled rows log-probabilities in float32, and two tensors of 8 bytes for cumulative
-    probabilities.
+    The logits themselves; of the sampled rows log-probabilities and probabilities in float32, and cumulative ones in 8
+    bytes.
     """
     v = widths.vocabulary
     nucleus = [Block(2, 4 * sampled * v)] if args.top_p < 1 else []  # Sorting takes more than the draw.
-    drawn = [Block(1, 4 * sampled * v), Block(2, 8 * sampled * v)]
+    drawn = [Block(2, 4 * sampled * v), Block(1, 8 * sampled * v)]
     return [Block(1, rows * v * (2 if is_half(args) else 4)), *drawn, *nucleus]
 
 

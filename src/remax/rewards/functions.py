@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -224,7 +225,19 @@ def load_reward_function(spec: str) -> CallableReward:
     if inspect.isclass(function) or not callable(function):
         kind = "a class" if inspect.isclass(function) else _described(function)
         raise UserError(f"--reward_funcs has {spec}: {name} is {kind}, not a function; {_advice(module, name)}.")
-    return CallableReward(function, name=name)
+    reward = CallableReward(function, name=name)
+    reward.source_digest = digest_of_source(source)
+    return reward
+
+
+def digest_of_source(source: str) -> str:
+    """Returns a digest of a file of functions; empty for a module, which is more than a file."""
+    if not source.endswith(".py"):
+        return ""
+    try:
+        return hashlib.sha256(Path(source).expanduser().read_bytes()).hexdigest()[:16]
+    except OSError:  # The import will tell.
+        return ""
 
 
 def split_spec(spec: str) -> tuple[str, str]:

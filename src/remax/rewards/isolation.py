@@ -17,10 +17,10 @@ from typing import Any
 
 from remax.errors import UserError
 from remax.interfaces import Completion
-from remax.rewards.functions import TookTooLong, split_spec
+from remax.rewards.functions import TookTooLong, digest_of_source, split_spec
 from remax.rewards.programmed import ProgrammedReward
 from remax.rewards.worker import BOOT
-from remax.untrusted import shown
+from remax.untrusted import printable, shown
 
 SECONDS_TO_IMPORT = 600.0
 """How long the import of a function may take: it may load a model of its own."""
@@ -44,8 +44,9 @@ class IsolatedReward(ProgrammedReward):
         Raises:
             UserError: the text names no function, or there is no such file.
         """
-        _, name = split_spec(spec)
+        source, name = split_spec(spec)
         super().__init__(name, timeout_seconds)
+        self.source_digest = digest_of_source(source)
         self.spec = spec
         self.seed = 0
         self._folder = os.getcwd()
@@ -204,7 +205,7 @@ class _Worker:
             with _killing_after(self.process, seconds) as expired:
                 reply = self._receive(request)
                 while reply is not None and "print" in reply:
-                    sys.stdout.write(reply["print"])
+                    sys.stdout.write(printable(reply["print"]))
                     reply = self._receive(None)
         except BaseException:  # An exchange that was interrupted cannot be taken up again.
             self.end()

@@ -26,6 +26,8 @@ class ProgrammedReward(abc.ABC):
         """Completions without a reward because their call failed."""
         self.last_failure = ""
         """Why, of the latest one; whoever asks for rewards may clear it."""
+        self.source_digest = ""
+        """Of the file that its function comes from; empty where there is none."""
         self._told: set[Hashable] = set()
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._extra: dict[str, list[Any]] = defaultdict(list)

@@ -148,7 +148,9 @@ class RemoteReward(ProgrammedReward):
             connection.connect()
             connection.sock.settimeout(None)
             with shut_after(connection.sock, seconds, expired):
-                connection.request(method, address.path + path, body, _headers())
+                # A server may refuse a long request unread: it has answered, although sending breaks.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    connection.request(method, address.path + path, body, _headers())
                 response = connection.getresponse()
                 text = _body(response, limit if response.status == 200 else REPLY_BYTES)
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -219,7 +221,7 @@ def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
 def _object(response: http.client.HTTPResponse, text: bytes) -> dict[str, Any]:
     """Returns the JSON object of a response with status 200."""
     status = response.status
-    if status in (401, 403):
+    if status == 401 or (status == 403 and not _reason(text)):
         raise _NoAnswer(f"answered {status}: it does not take the token of {TOKEN_VARIABLE}", False)
     if 300 <= status < 400:
         target = shown(response.headers.get("Location"))

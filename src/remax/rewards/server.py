@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from remax.errors import UserError
 from remax.interfaces import Completion, Message, Prompt, RewardFunction
@@ -147,6 +148,14 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _names_loopback(host: str) -> bool:
+    """Whether a Host header, with or without a port, is a name of this machine for itself."""
+    try:
+        return _is_loopback(urlsplit(f"//{host.strip()}").hostname or "")
+    except ValueError:
+        return False
+
+
 class _Handler(BaseHTTPRequestHandler):
     """One request of one client."""
 
@@ -164,21 +173,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with self._refusals():
-            self._check_token()
+            self._check_client()
             if self.path != "/health":
                 raise Refusal(404, "there are only GET /health and POST /score")
             self._reply(200, {"status": "ok", "version": PROTOCOL_VERSION})
 
     def do_POST(self) -> None:
         with self._refusals():
-            self._check_token()
+            self._check_client()
             if self.path != "/score":
                 raise Refusal(404, "there are only GET /health and POST /score")
             completions = parse_request(self._body())
             self._reply(200, {"version": PROTOCOL_VERSION, "rewards": self._score(completions)})
 
-    def _check_token(self) -> None:
+    def _check_client(self) -> None:
         token = self.server.token
+        # A web page whose own name was made to lead to 127.0.0.1 (DNS rebinding) has no token, and sends that name.
+        if token is None and not all(map(_names_loopback, self.headers.get_all("Host", []))):
+            raise Refusal(403, "the Host header is neither localhost nor a loopback address, and there is no token")
         given = self.headers.get("Authorization", "").encode("utf-8", "replace")
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise Refusal(401, "the token is missing or wrong")

@@ -33,7 +33,7 @@ def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     Probabilities are integers of unit 2^-52: their sum is exact in whatever order a device adds, so it never steps
     up at a token of probability 0, and the last step always exceeds uniform * sum.
     """
-    cumulative = logprobs.exp().mul_(2.0**52).long().cumsum(-1)
+    cumulative = logprobs.exp().mul_(2.0**52).long().cumsum_(-1)
     threshold = (uniform * cumulative[:, -1]).long()
     token = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
     # Only NaN logits get here with no step left; their log-probability stays NaN, for the trainer to see.

@@ -28,10 +28,10 @@ from remax.models import (
     short_reason,
 )
 from remax.optimisers import check_optimiser
-from remax.recording import RunFolder
+from remax.recording import RunFolder, model_card
 from remax.rewards import reward_input_ids
 from remax.saving import save_model
-from remax.stages.saving import Saving, naming_failures, stage_fingerprints
+from remax.stages.saving import Saving, naming_failures, naming_misfits, stage_fingerprints
 
 StageConfig = SFTConfig | RewardConfig | DPOConfig
 
@@ -276,11 +276,11 @@ def train(
             begun = True
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.add_callback(MetricsLog(folder, config.logging_steps, config.learning_rate))
-            trainer.add_callback(Saving(run))
+            trainer.add_callback(Saving(run, trainer))
             trainer._save_checkpoint = naming_failures(trainer._save_checkpoint, folder)
+            for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler"):
+                setattr(trainer, name, naming_misfits(getattr(trainer, name), checkpoint))
             trainer.create_model_card = lambda *args, **kwargs: None  # With every checkpoint, into the run's folder.
-            if checkpoint is not None:  # TRL's own count would begin at 0 again.
-                trainer._total_train_tokens = int(folder.read("metrics.jsonl")[-1].get("num_tokens", 0))
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except BaseException:
             if not begun:
@@ -308,7 +308,8 @@ def run_settings(config: StageConfig, model: Any, run_config: Mapping[str, Any] 
 def write_evaluation(folder: RunFolder, metrics: Mapping[str, float]) -> None:
     """Writes eval.json."""
     if PartialState().is_main_process:
-        (folder.path / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        with folder.writing("eval.json"):
+            (folder.path / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def save_policy(
@@ -324,8 +325,9 @@ def save_policy(
     """Writes OUT/model with its model card. stop_ids: what ends a completion beside what the model knows already."""
     if PartialState().is_main_process:
         ids = sorted({*eos_token_ids(base_of(model).generation_config, tokenizer), *stop_ids})
-        save_model(model, tokenizer, folder.model, eos_token_ids=ids)
-        folder.write_model_card(folder.model, base_model=base_name, title=title, lines=lines)
+        card = model_card(base_model=base_name, title=title, lines=lines)
+        with folder.writing("model"):
+            save_model(model, tokenizer, folder.model, eos_token_ids=ids, card=card)
     say(f"The model is in {folder.model}.")
 
 

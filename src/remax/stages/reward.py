@@ -14,6 +14,7 @@ from peft import PeftModel
 from remax.config import RewardConfig
 from remax.errors import UserError
 from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model
+from remax.recording import model_card
 from remax.rewards import RewardModel, require_chat_template
 from remax.saving import save_model
 from remax.stages.common import (
@@ -104,15 +105,14 @@ def run_reward(
         write_evaluation(folder, quality)
         say(_summary(quality))
     if PartialState().is_main_process:
-        save_model(model, tokenizer, folder.model)
         lines = [
             f"`{base_name}` with one output, trained on {len(train_pairs.chosen_ids)} pairs of texts.",
             "A finished text is scored with its EOS token.",
             *([_summary(quality)] if eval_pairs is not None else []),
         ]
-        folder.write_model_card(
-            folder.model, base_model=base_name, title="Reward model", lines=lines, task="text-classification"
-        )
+        card = model_card(base_model=base_name, title="Reward model", lines=lines, task="text-classification")
+        with folder.writing("model"):
+            save_model(model, tokenizer, folder.model, card=card)
     say(f"The reward model is in {folder.model}.")
     return metrics
 

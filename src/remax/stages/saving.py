@@ -8,9 +8,11 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from remax.checkpoint.files import FACTS, path_of, publish, rotate, write_json
+from remax.checkpoint.files import FACTS, FOLDER, path_of, publish, rotate, write_json
 from remax.checkpoint.run import Run
 from remax.checkpoint.state import digest_of_values, fingerprint
+from remax.errors import UserError
+from remax.models import short_reason
 from remax.recording import RunFolder
 
 PICKLE = "training_args.bin"
@@ -22,8 +24,21 @@ ROWS = 64
 class Saving(transformers.TrainerCallback):  # type: ignore[misc]
     """Has the state saved when it is time to, and makes a checkpoint of what transformers wrote."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, trainer: Any) -> None:
+        """trainer: TRL's, which from now on writes into OUT/checkpoints: elsewhere in OUT are the user's own files."""
+        self.run, self.trainer = run, trainer
+        self.written = run.folder.path / FOLDER
+        trainer._get_output_dir = lambda trial=None: str(self.written)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts the folder back, now that the state of the checkpoint is restored."""
+        if self.run.start.checkpoint is not None:
+            if state.is_world_process_zero:
+                self.run.go_back()
+            PartialState().wait_for_everyone()
+            # TRL's own count would begin at 0 again.
+            lines = self.run.folder.read("metrics.jsonl")
+            self.trainer._total_train_tokens = int(lines[-1].get("num_tokens", 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decides whether the state is saved after this step."""
@@ -38,7 +53,7 @@ class Saving(transformers.TrainerCallback):  # type: ignore[misc]
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             folder = self.run.folder
-            written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            written = self.written / f"checkpoint-{state.global_step}"
             with folder.writing(f"the checkpoint of step {state.global_step}"):
                 (written / PICKLE).unlink(missing_ok=True)
                 facts = {"step": state.global_step, "ended": state.global_step >= state.max_steps}
@@ -60,6 +75,23 @@ def naming_failures(save: Callable[..., None], folder: RunFolder) -> Callable[..
                 raise
             except RuntimeError as error:  # What torch.save makes of an error of the system.
                 raise OSError(str(error)) from error
+
+    return named
+
+
+def naming_misfits(load: Callable[..., None], checkpoint: Path | None) -> Callable[..., None]:
+    """Returns a trainer's method that loads from the checkpoint; what does not fit is one sentence, a UserError."""
+
+    def named(*args: Any, **kwargs: Any) -> None:
+        try:
+            load(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"--resume names {checkpoint}: its state does not fit the model that is trained here "
+                f"({short_reason(error)}); resume with the --model and the settings of that run."
+            ) from error
 
     return named
 
