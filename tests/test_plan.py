@@ -187,7 +187,7 @@ def test_the_tensors_of_every_phase_are_predicted(tmp_path: Path, small: Path, c
             assert phase == "reference"
             assert args.kl_mode == "loss"
             continue
-        assert max(sizes) == pytest.approx(live.made[phase], rel=0.1 if args.gradient_checkpointing else 0.06), phase
+        assert max(sizes) == pytest.approx(live.made[phase], rel=0.1 if args.gradient_checkpointing else 0.08), phase
 
 
 @pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"dtype": "bfloat16"}], ids=str)
