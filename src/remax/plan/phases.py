@@ -128,8 +128,8 @@ def overlaps(networks: Mapping[str, Network], device: Device) -> bool:
 def _resident(networks: Mapping[str, Network], args: ReMaxConfig, moment: Moment, split: Split, *, on_cpu: bool) -> int:
     """Returns the bytes of the weights that are on the device at a moment.
 
-    On a CPU nothing can be moved away. There, a reward model's weights are pages of its file, which takes memory where
-    it is read: not at the embedding, unless PPO's value model is copied from it, and still where layers were cast.
+    On a CPU nothing can be moved away. There, a reward model's weights are pages of its file, all of which are read for
+    the fingerprint of the run, and which stay where layers were cast.
     """
     held = 0
     for name, network in networks.items():
@@ -139,7 +139,7 @@ def _resident(networks: Mapping[str, Network], args: ReMaxConfig, moment: Moment
         if on_cpu or needed or placement == "resident":
             held += split.weights(name, own, args)
         if on_cpu and is_reward:
-            held += 4 * own.castable * args.bf16 - 4 * own.embedding * (args.method != "ppo")
+            held += 4 * own.castable * args.bf16
     return held
 
 
