@@ -68,7 +68,7 @@ class GradientOnly:
         self.network = network
         self.gradient = torch.zeros(())
 
-    def update(self, losses: Iterable[Tensor]) -> float:
+    def update(self, losses: Iterable[Tensor], num_losses: int) -> float:
         POLICY.zero_grad()
         for loss in losses:
             loss.backward()

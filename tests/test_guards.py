@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
 from faults import NaNLayer, OutOfMemory, in_gradient, not_in_gradient
 from remax.cli import main
 from remax.components import Components
 from remax.errors import GuardStop, UserError
-from remax.guards.memory import MemoryGuard, MidStepStop, is_out_of_memory
+from remax.guards.memory import MemoryGuard, is_out_of_memory
 from remax.rewards import RewardModel
 from toy_tokenizers import PAD, toy_tokenizer
 from toy_training import calm_policy, lively, make_trainer, policy, read
@@ -102,9 +103,9 @@ def test_ppo_skips_one_update_and_takes_the_others(tmp_path: Path, network: str)
         """Replaces the second update of the step."""
         own, calls = learner.update, []
 
-        def update(losses: Any) -> float:
+        def update(losses: Any, num_losses: int) -> float:
             calls.append(losses)
-            return replaced(own, losses) if len(calls) == 2 else own(losses)
+            return replaced(own, losses, num_losses) if len(calls) == 2 else own(losses, num_losses)
 
         learner.update = update
 
@@ -115,16 +116,16 @@ def test_ppo_skips_one_update_and_takes_the_others(tmp_path: Path, network: str)
         if name == "nan":
             layer = NaNLayer((trainer.parts.policy.model if network == "policy" else learner.network.body).norm)
 
-            def disturbed(own: Any, losses: Any, layer: NaNLayer = layer) -> float:
+            def disturbed(own: Any, losses: Any, num_losses: int, layer: NaNLayer = layer) -> float:
                 layer.on = True
                 try:
-                    return own(losses)
+                    return own(losses, num_losses)
                 finally:
                     layer.on = False
 
             nth(learner, disturbed)
         else:
-            nth(learner, lambda own, losses: 0.0)
+            nth(learner, lambda own, losses, num_losses: 0.0)
         trainer.train()
         trainers.append(trainer)
     assert torch.equal(weights(trainers[0]), weights(trainers[1]))
@@ -315,9 +316,8 @@ def test_what_cannot_be_halved_stops_the_run_as_if_the_step_had_not_begun(tmp_pa
     expected.train()
     trainer = make_trainer(tmp_path / "out", lively, micro_batch_tokens=1000, **settings)
     fault = OutOfMemory(trainer.parts.policy.model, 0, lambda: in_gradient() and trainer.state.global_step == 1)
-    with pytest.raises(GuardStop, match=r"memory does not suffice .*nothing left to be halved: `remax plan`") as stop:
+    with pytest.raises(GuardStop, match=r"memory does not suffice .*nothing left to be halved: `remax plan`"):
         trainer.train()
-    assert not isinstance(stop.value, MidStepStop)
     assert fault.calls == 3, "all four rows, two, one of the longest"
     assert torch.equal(weights(trainer), weights(expected))
     assert trainer.method.state_dict() == expected.method.state_dict(), "the baseline has not seen the second batch"
@@ -326,12 +326,53 @@ def test_what_cannot_be_halved_stops_the_run_as_if_the_step_had_not_begun(tmp_pa
     assert [line["step"] for line in read(tmp_path / "out" / "alarms.jsonl")] == [2, 2]
 
 
-def test_ppo_in_the_middle_of_its_updates_saves_nothing(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "out", lively, **PPO, beta=0.0, max_steps=3, save_steps=0)
-    OutOfMemory(trainer.method.critic.network.body, 0, lambda: in_gradient() and trainer.state.global_step == 1)
-    with pytest.raises(MidStepStop):
+@pytest.mark.parametrize("before", [0, 1])
+def test_ppo_stopped_in_the_middle_of_its_updates_saves_the_step_as_far_as_it_came(tmp_path: Path, before: int) -> None:
+    """The value model's first update fails: the policy's, which came before it, counts, and no other one is taken."""
+    settings: dict[str, Any] = {**PPO, "beta": 0.0, "max_steps": 3, "save_steps": 0}
+    trainer = make_trainer(tmp_path / "out", lively, **settings)
+    fault = OutOfMemory(
+        trainer.method.critic.network.body, 0, lambda: in_gradient() and trainer.state.global_step == before
+    )
+    taken = []
+    trainer.policy.optimizer.optimizer.register_step_post_hook(lambda *_: taken.append(trainer.state.global_step))
+    with pytest.raises(GuardStop, match="memory does not suffice"):
         trainer.train()
-    assert list((tmp_path / "out" / "checkpoints").glob("step-*")) == []
+    assert taken == [0] * 4 * before + [before], "all four updates of the steps before, and one of this one"
+    *_, line = read(tmp_path / "out" / "metrics.jsonl")
+    assert (line["step"], line["value/loss"], line["value/grad_norm"]) == (before + 1, None, None)
+    assert line["grad_norm"] > 0
+    fault.hook.remove()
+    resumed = make_trainer(tmp_path / "out", lively, **settings, resume="auto")
+    resumed.train()
+    assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_run_that_is_stopped_while_it_evaluates_goes_on_with_that_evaluation(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 3,
+        "eval_steps": 2,
+        "eval_dataset": Dataset.from_list([{"prompt": "tea"}, {"prompt": "no"}]),
+    }
+    expected = make_trainer(tmp_path / "expected", lively, **settings)
+    expected.train()
+    trainer = make_trainer(tmp_path / "out", lively, **settings)
+    at_evaluation = [False]
+    evaluate = trainer.evaluate
+
+    def failing() -> Any:
+        at_evaluation[0] = trainer.state.global_step == 2
+        return evaluate()
+
+    trainer.evaluate = failing
+    OutOfMemory(trainer.parts.policy.model, 0, lambda: at_evaluation[0])
+    with pytest.raises(GuardStop, match="memory does not suffice"):
+        trainer.train()
+    assert [line["step"] for line in read(tmp_path / "out" / "eval.jsonl")] == [0]
+    make_trainer(tmp_path / "out", lively, **settings, resume="auto").train()
+    # Approximately: from now on rows are decoded one by one.
+    found, wanted = (read(tmp_path / name / "eval.jsonl") for name in ("out", "expected"))
+    assert found == [pytest.approx(line, rel=1e-4) for line in wanted]
 
 
 def test_a_step_of_the_optimiser_is_not_done_again(tmp_path: Path) -> None:

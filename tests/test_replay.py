@@ -133,10 +133,10 @@ def test_a_broken_value_model_is_dumped_and_replayed(tmp_path: Path, model: str)
         critic = trainer.method.critic
         own = critic.update
 
-        def update(losses: Any) -> float:
+        def update(losses: Any, num_losses: int) -> float:
             with torch.no_grad():
                 critic.network.head.weight[0, 0] = torch.inf
-            return own(losses)
+            return own(losses, num_losses)
 
         critic.update = update
 

@@ -162,7 +162,7 @@ def test_it_is_a_copy_that_is_trained_in_full(source: str, tmp_path: Path) -> No
             loss = learner.network(batch).sub(1).square().sum()
         else:
             loss = -learner.network(batch, parts.sampling).logprobs.sum()
-        learner.update([loss])
+        learner.update([loss], 1)
         other = "policy" if name == "critic" else "critic"
         assert_same(body_state(networks[other]), before[other])
         for network, state in zip(frozen, before_rewards, strict=True):

@@ -4,12 +4,14 @@ Cheap checks come first: whatever can be wrong with datasets, tokenizers and rew
 loaded.
 """
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -30,15 +32,19 @@ from remax.config import (
 from remax.config.groups import Placement
 from remax.critic import check_value_model
 from remax.errors import UserError
+from remax.guards.memory import MemoryGuard
 from remax.interfaces import Prompt, RewardFunction, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer
 from remax.optimisers import check_optimiser
 from remax.placement import Placed
-from remax.processes import make_accelerator
+from remax.processes import ALONE, Processes, make_accelerator
 from remax.rewards import CallableReward, ProgrammedReward, RewardModel, require_chat_template, resolve_weights
 from remax.rewards.isolation import IsolatedReward
 from remax.rewards.named import wait_until_ready
-from remax.rollout.choice import make_engine
+from remax.rollout.choice import check_vllm, make_engine, make_vllm_engine
+from remax.rollout.embedded import EmbeddedEngine
+from remax.rollout.gathered import GatheredEngine
+from remax.sharding import shards_weights
 
 NEUTRAL_GENERATION = {
     "temperature": 1.0,
@@ -63,12 +69,16 @@ def assemble(
     reward_processing_classes: Any = None,
     peft_config: Any = None,
     rollout_engine: Callable[[Any], RolloutEngine] | None = None,
+    processes: Processes = ALONE,
 ) -> Components:
     """Returns what training needs; the arguments are those of ReMaxTrainer.
+
+    processes: those that train together.
 
     Raises:
         UserError: something cannot be used.
     """
+    check_processes(args, processes)
     rewards, weights, tokenizer, model_name = check_cheaply(args, model, reward_funcs, processing_class)
     prompts = load_prompts(train_dataset, args.dataset_split, tokenizer, args, flag="--train_dataset")
     if len(prompts) < args.batch_size:
@@ -85,7 +95,7 @@ def assemble(
         eval_prompts = load_prompts(eval_dataset, args.eval_split, tokenizer, args, flag="--eval_dataset")
         eval_prompts = eval_prompts[: args.num_eval_prompts]
 
-    accelerator = make_accelerator(args.bf16, args.report_to, args.output_dir)
+    accelerator = make_accelerator(args.bf16, args.report_to, args.output_dir, processes=processes)
     reward_functions = load_rewards(
         rewards,
         reward_processing_classes,
@@ -96,7 +106,12 @@ def assemble(
         timeout_seconds=args.reward_timeout_seconds,
         seed=args.seed,
     )
-    policy = load_policy(model, args, peft_config).to(accelerator.device)
+    sharded = shards_weights(accelerator)
+    if sharded:
+        check_sharding(args)
+    policy = load_policy(model, args, peft_config)
+    if not sharded:  # There a device may not hold all of it; what is sharded is put there part by part.
+        policy.to(accelerator.device)
     check_context(policy, [*prompts, *eval_prompts], args.max_completion_length)
     reference = load_reference(policy) if args.needs_reference else None
     return Components(
@@ -105,7 +120,7 @@ def assemble(
         reference=reference,
         reference_placed=place_reference(reference, policy, args, accelerator.device),
         tokenizer=tokenizer,
-        engine=rollout_engine(policy) if rollout_engine else choose_engine(policy, tokenizer, args, args.bf16),
+        engine=training_engine(policy, tokenizer, args, accelerator, rollout_engine, processes),
         reward_functions=reward_functions,
         reward_weights=weights,
         sampling=sampling_of(args, policy, tokenizer),
@@ -113,7 +128,33 @@ def assemble(
         eval_prompts=eval_prompts,
         model_name=model_name,
         rollout_batch_size=args.rollout_batch_size,
+        processes=processes,
+        memory=MemoryGuard(redoes=processes.num == 1),
     )
+
+
+def check_processes(args: ReMaxConfig, processes: Processes) -> None:
+    """Raises UserError if the settings cannot be shared by that many processes."""
+    if args.batch_size < processes.num:
+        raise UserError(
+            f"--batch_size is {args.batch_size}: {processes.num} processes share the prompts of a step, so some would "
+            f"have none; set --batch_size {processes.num} or more, or start fewer processes."
+        )
+
+
+def check_sharding(args: ReMaxConfig) -> None:
+    """Raises UserError if the settings need weights that each process has all of."""
+    wanted = {
+        "--rollout_engine is paged": (args.rollout_engine == "paged", "--rollout_engine embedded"),
+        "--optim is adamw_torch_8bit": (args.optim == "adamw_torch_8bit", "another one, such as adamw_torch"),
+        f"--kl_estimator is {args.kl_estimator}": (args.needs_exact_kl, "--kl_estimator k2"),
+    }
+    for setting, (is_set, instead) in wanted.items():
+        if is_set:
+            raise UserError(
+                f"{setting}: each process would need all weights, and here they are sharded; set {instead}, or start "
+                "the processes with ddp."
+            )
 
 
 def assemble_evaluation(inputs: EvaluateInputs, reward_funcs: Any, args: EvaluateConfig) -> Components:
@@ -188,6 +229,8 @@ def check_cheaply(
     model_name = model if isinstance(model, str) else _name_of(model)
     tokenizer = tokenizer or models.load_tokenizer(model_name, flag="--model")
     data.check_tokenizer(tokenizer, flag="--model")
+    if isinstance(args, ReMaxConfig) and args.rollout_engine == "vllm":
+        check_vllm(args, model)
     if isinstance(args, ReMaxConfig) and args.method == "ppo":
         check_value_model(args, tokenizer, rewards)
     return rewards, weights, tokenizer, model_name
@@ -197,12 +240,50 @@ def _name_of(model: Any) -> str:
     return str(model.config._name_or_path)
 
 
+def training_engine(
+    policy: Any,
+    tokenizer: Any,
+    args: ReMaxConfig,
+    accelerator: Accelerator,
+    make: Callable[[Any], RolloutEngine] | None = None,
+    processes: Processes = ALONE,
+) -> RolloutEngine:
+    """Returns the engine that draws a training's completions: that of make or, without it, of --rollout_engine.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    if args.rollout_engine == "vllm" and make is None:
+        return _vllm_engine(policy, args, processes)
+    if not shards_weights(accelerator):
+        return make(policy) if make else choose_engine(policy, tokenizer, args, args.bf16)
+    def embedded(model: Any) -> RolloutEngine:
+        return EmbeddedEngine(model, pad_token_id=tokenizer.pad_token_id, max_rows=args.rollout_batch_size)
+
+    print("Rollout engine: embedded, with weights that are gathered for each rollout.")
+    return GatheredEngine(policy, make or embedded, accelerator.device, half=args.bf16)
+
+
+def _vllm_engine(policy: Any, args: ReMaxConfig, processes: Processes) -> RolloutEngine:
+    return make_vllm_engine(
+        policy,
+        args,
+        run_id=processes.gather(uuid.uuid4().hex)[0],
+        sends=processes.is_main,
+        num_processes=processes.num,
+        together=processes.together,
+    )
+
+
 def choose_engine(policy: Any, tokenizer: Any, args: ScoringOptions, bf16: bool) -> RolloutEngine:
     """Returns the engine of --rollout_engine, having said which it is and why.
 
     Raises:
         UserError: it cannot be used here.
     """
+    if args.rollout_engine == "vllm":
+        assert isinstance(args, ReMaxConfig)
+        return _vllm_engine(policy, args, ALONE)
     engine, reason = make_engine(
         args.rollout_engine,
         policy,

@@ -1,25 +1,30 @@
 """The models and functions that a run works with, and the two things the loop asks of them: completions and rewards."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor
 
 from remax import data, precision
 from remax.batching import collate, split_by_tokens
 from remax.config import ReMaxConfig
-from remax.errors import GuardStop, UserError
+from remax.errors import GuardStop
 from remax.guards.memory import MemoryGuard
-from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
+from remax.interfaces import Completion, EngineWithWeights, Prompt, RewardFunction, Rollout, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer, untruncated
 from remax.placement import Placed
-from remax.rewards import ProgrammedReward, RewardModel, score
+from remax.processes import ALONE, Processes
+from remax.rewards import ProgrammedReward, RewardModel
+from remax.saving import merged_weights
+from remax.sharding import shard_frozen, shards_weights
+from remax.sharing import roll_out_together, score_together
 
 
 class Rewards(NamedTuple):
@@ -36,6 +41,8 @@ class Rewards(NamedTuple):
     included, for which a function failed."""
     columns: dict[str, list[Any]]
     """What they logged with log_extra, one value per sampled row."""
+    failures: Sequence[str] = ()
+    """Of every function that failed, why."""
 
 
 @dataclass
@@ -60,6 +67,10 @@ class Components:
     """Most rows that the engine decodes at once, as set; 0 for all."""
     gold_functions: list[RewardFunction] = field(default_factory=list)
     """Rewards that judge evaluations and that training never sees."""
+    processes: Processes = ALONE
+    """Those that work on the same steps."""
+    policy_version: int = 0
+    """How often the policy was updated."""
     memory: MemoryGuard = field(default_factory=MemoryGuard)
     """Does the work of all that follows again in smaller pieces where memory does not suffice."""
 
@@ -76,66 +87,101 @@ class Components:
                 precision.hold_in_bfloat16(function.model)
                 function.bf16 = True
 
+    def shard_frozen(self, policy: CompletionScorer) -> None:
+        """Leaves each process with a part of the frozen models, if the launcher's settings say so and they rest on it.
+
+        policy: the scorer that is trained.
+        """
+        if not shards_weights(self.accelerator):
+            return
+        if self.reference is not None and self.reference.model is self.policy:
+            self.reference.through = policy.__call__
+        elif self.reference is not None and self.reference_placed and self.reference_placed.placement == "resident":
+            shard_frozen(self.reference, self.accelerator)
+            self.reference.through = self.reference.__call__
+        for function in self.reward_functions:
+            if isinstance(function, RewardModel) and function.own and function.placed.placement == "resident":
+                shard_frozen(function.model, self.accelerator)
+                function.num_passes = self.processes.most
+
     def roll_out(
         self, prompts: Sequence[Prompt], *, num_samples: int, greedy: bool | Sequence[bool], seed: int, step: int
     ) -> Rollout:
         """Returns samples y ~ pi(.|x) and, where asked for, greedy completions y*, with their texts."""
         # The engine keeps the rows of a prompt together, and by itself to --rollout_batch_size.
         rows_of_prompt = num_samples + (greedy if isinstance(greedy, bool) else any(greedy))
-        whole = len(prompts) * rows_of_prompt
+        wanted = [greedy] * len(prompts) if isinstance(greedy, bool) else greedy
+        own = self.processes.part(range(len(prompts)))
+        whole = len(own) * rows_of_prompt
         as_set = min(self.rollout_batch_size or whole, whole)
 
         def draw(max_rows: int) -> Rollout:
-            size = len(prompts) if max_rows == as_set else max(1, max_rows // rows_of_prompt)
-            chunks = [slice(start, start + size) for start in range(0, len(prompts), size)]
-            with self.accelerator.autocast():
-                drawn = [
-                    self.engine.generate(
-                        prompts[chunk],
-                        self.sampling,
-                        num_samples=num_samples,
-                        greedy=greedy if isinstance(greedy, bool) else greedy[chunk],
-                        seed=seed,
-                        step=step,
+            size = len(own) if max_rows == as_set else max(1, max_rows // rows_of_prompt)
+            drawn = []
+            for start in range(0, len(own), size):
+                chunk = own[start : start + size]
+                with self.accelerator.autocast():
+                    drawn.append(
+                        self.engine.generate(
+                            [prompts[i] for i in chunk],
+                            self.sampling,
+                            num_samples=num_samples,
+                            greedy=[wanted[i] for i in chunk],
+                            seed=seed,
+                            step=step,
+                        )
                     )
-                    for chunk in chunks
-                ]
-            return Rollout([c for own in drawn for c in own.samples], [c for own in drawn for c in own.greedy])
+            return Rollout([c for part in drawn for c in part.samples], [c for part in drawn for c in part.greedy])
 
-        rollout = self.memory.run("rollout_batch_size", as_set, draw, whole=whole, smallest=rows_of_prompt)
+        def own_part() -> Rollout:
+            return self.memory.run("rollout_batch_size", as_set, draw, whole=whole, smallest=rows_of_prompt)
+
+        with self._engine_with_weights():
+            rollout = roll_out_together(self.processes, prompts, own_part)
         data.decode_completions(self.tokenizer, _rows(rollout))
         return rollout
 
+    @contextmanager
+    def _engine_with_weights(self) -> Iterator[None]:
+        """Gives an engine that has weights of its own those of the policy."""
+        if not isinstance(self.engine, EngineWithWeights):
+            yield
+            return
+        policy = self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
+        with torch.no_grad():
+            self.engine.take(merged_weights(policy), self.policy_version)
+        try:
+            yield
+        finally:
+            self.engine.release()
+
     def score(self, rollout: Rollout) -> Rewards:
-        """Returns the rewards of all samples and greedy completions, from one call of every reward function."""
+        """Returns the rewards of all samples and greedy completions.
+
+        Every reward function is called once, in each process with the completions of some of the prompts.
+        """
         rows = _rows(rollout)
-        for function in self._programmed():
-            function.last_failure = ""
-        scores = score(list(map(self._within_memory, self.reward_functions)), self.reward_weights, rows)
-        columns = {name: values for f in self._programmed() for name, values in f.pop_extra().items()}
-        for name, values in columns.items():
-            if len(values) != len(rows):
-                raise UserError(
-                    f"log_extra of column {name} got {len(values)} values: there are {len(rows)} completions, so they "
-                    "cannot be told apart; log one value per completion."
-                )
+        functions = list(map(self._within_memory, self.reward_functions))
+        scored = score_together(self.processes, functions, self.reward_weights, rows)
         num_samples = len(rollout.samples)
-        total = torch.tensor(scores.total)
-        metrics = {name: value for f in self._programmed() for name, value in f.pop_metrics().items()}
-        for name, number in scores.num_failed.items():
+        total = torch.tensor(scored.scores.total)
+        metrics = dict(scored.metrics)
+        for name, number in scored.scores.num_failed.items():
             metrics[f"rewards/{name}/missing_fraction"] = number / len(rows)
         return Rewards(
             total[:num_samples],
             total[num_samples:],
-            {name: torch.tensor(values[:num_samples]) for name, values in scores.by_function.items()},
+            {name: torch.tensor(values[:num_samples]) for name, values in scored.scores.by_function.items()},
             metrics,
-            {name: values[:num_samples] for name, values in columns.items()},
+            {name: values[:num_samples] for name, values in scored.columns.items()},
+            scored.failures,
         )
 
     def judge(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Returns the gold rewards of samples, [S], and greedy completions, [G]: added up, NaN where missing."""
         functions = list(map(self._within_memory, self.gold_functions))
-        total = torch.tensor(score(functions, [1.0] * len(functions), _rows(rollout)).total)
+        scored = score_together(self.processes, functions, [1.0] * len(functions), _rows(rollout))
+        total = torch.tensor(scored.scores.total)
         return total[: len(rollout.samples)], total[len(rollout.samples) :]
 
     def _within_memory(self, function: RewardFunction) -> RewardFunction:
@@ -152,10 +198,10 @@ class Components:
         missing = torch.cat([rewards.sampled, rewards.greedy]).isnan()
         if missing.float().mean() <= max_missing or (first and missing.all()):
             return
-        reasons = [f.last_failure for f in self._programmed() if f.last_failure]
+        reasons = "; ".join(rewards.failures) or "the rewards gave no number"
         raise GuardStop(
             f"{int(missing.sum())} of the step's {len(missing)} completions have no reward, more than "
-            f"--max_missing_rewards {max_missing:g} allows ({'; '.join(reasons) or 'the rewards gave no number'}); see "
+            f"--max_missing_rewards {max_missing:g} allows ({reasons}); see "
             "to that and go on (with --allow_config_change if you correct a reward's file), or allow more."
         )
 
@@ -181,7 +227,10 @@ class Components:
     @property
     def overlaps(self) -> bool:
         """Whether the reference runs while reward functions do; a reward model would only share the GPU with it."""
-        return self.accelerator.device.type == "cuda" and len(self._programmed()) == len(self.reward_functions)
+        # A thread of its own would not keep the order of what processes exchange.
+        if self.accelerator.device.type != "cuda" or self.processes.num > 1:
+            return False
+        return len(self._programmed()) == len(self.reward_functions)
 
     def reference_logprobs(self, completions: Sequence[Completion], max_tokens: int) -> list[Tensor]:
         """Returns the log-probabilities of every completion's tokens under the reference, [T] each, on the device.
@@ -200,24 +249,27 @@ class Components:
 
         max_tokens: of a pass, padding included.
         """
-        logprobs: list[Tensor] = [torch.empty(0)] * len(completions)
         lengths = [len(c.prompt.token_ids) + len(c.token_ids) for c in completions]
 
-        def score_in_passes(size: int) -> list[Tensor]:
-            for rows in split_by_tokens(lengths, size):
+        def score_in_passes(size: int) -> dict[int, Tensor]:
+            logprobs: dict[int, Tensor] = {}
+            for rows, counts in self.processes.dealt(split_by_tokens(lengths, size)):
                 batch = collate(
                     [completions[row] for row in rows], self.tokenizer.pad_token_id, self.accelerator.device
                 )
                 with self.accelerator.autocast():
                     padded = scorer.logprobs(batch, sampling)
-                for row, values in zip(rows, padded, strict=True):
-                    logprobs[row] = values[: len(completions[row].token_ids)]
+                if counts:
+                    own = zip(rows, padded, strict=True)
+                    logprobs |= {row: values[: len(completions[row].token_ids)] for row, values in own}
             return logprobs
 
         longest = max(lengths, default=0)
-        return self.memory.run(
+        own = self.memory.run(
             "micro_batch_tokens", max_tokens, score_in_passes, whole=longest * len(lengths), smallest=longest
         )
+        known = self.processes.gather_tensors(own, self.accelerator.device)
+        return [known[row] for row in range(len(completions))]
 
     def show_state(self, state: Any) -> None:
         """Lets reward functions see the trainer's state, as their argument trainer_state."""

@@ -25,6 +25,11 @@ class ValueModel(nn.Module):
         self.body = body
         self.head = head.float()
 
+    @property
+    def _no_split_modules(self) -> Any:
+        """The layers that are sharded each by itself, as Accelerate asks for them."""
+        return self.body._no_split_modules
+
     def forward(self, batch: Batch) -> Tensor:
         """Returns V(x, y_<t), [B, T], float32, 0 outside the completions."""
         states = self.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # No mask: see Batch.

@@ -14,6 +14,9 @@ class UserError(ValueError):
     anywhere: it becomes one printable line.
     """
 
+    known_to_all = False
+    """Whether all processes that train together raise it, so that one of them can tell."""
+
     def __init__(self, message: str) -> None:
         super().__init__(shown(message, SENTENCE_LIMIT))
 
@@ -23,6 +26,9 @@ class GuardStop(Exception):
 
     The message is one sentence that says what was seen and what to do about it.
     """
+
+    known_to_all = False
+    """Whether all processes that train together raise it, so that one of them can tell."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -3,9 +3,11 @@
 Ragged data stay Python lists; whoever needs a batch pads it for its own device and its own row order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 Message = dict[str, Any]
 
@@ -93,6 +95,23 @@ class RolloutEngine(Protocol):
         greedy: for all prompts alike, or one value per prompt. A sampled token is a function of (seed, step,
         prompt.index, sample index, position) and of the weights alone, whatever else is in the batch.
         """
+        ...
+
+
+@runtime_checkable
+class EngineWithWeights(Protocol):
+    """What a RolloutEngine has beside if its weights are not the policy's own tensors."""
+
+    def take(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes the policy's weights for the rollouts that come; called before each of them, in every process.
+
+        weights: by the names that they are saved under, adapters merged; each is made when it is asked for, and all of
+        them have to be, by every process. version: of the weights, which are the same while it is the same.
+        """
+        ...
+
+    def release(self) -> None:
+        """Gives back what only rollouts need; called after each of them."""
         ...
 
 

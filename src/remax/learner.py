@@ -3,11 +3,13 @@
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import get_scheduler
 
 from remax.config import OptimiserOptions
@@ -28,7 +30,6 @@ class Learner:
         errors."""
         # torch takes a first step that was skipped for a schedule that is called in the wrong order.
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
-        self.trainable = [p for p in network.parameters() if p.requires_grad]
         self.max_grad_norm = args.max_grad_norm or math.inf
         self.rate_flag, self.optim = rate_flag, args.optim
         optimizer = make_optimizer(network, args)
@@ -42,17 +43,22 @@ class Learner:
         self.network: Any
         self.optimizer: Any
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        self.module = accelerator.unwrap_model(self.network)
+        """The network without what Accelerate put around it; sharded, its weights are others now."""
+        self.trainable = [p for p in self.module.parameters() if p.requires_grad]
 
     @property
     def learning_rate(self) -> float:
         """The rate of the next update."""
         return float(self.scheduler.get_last_lr()[0])
 
-    def update(self, losses: Iterable[Tensor]) -> float:
+    def update(self, losses: Iterable[Tensor], num_losses: int) -> float:
         """Takes one step on the sum of the losses and returns the gradient's norm before clipping.
 
         Each loss is differentiated before the next one is asked for, so one micro-batch is in memory at a time. Without
         any the step is that of a loss of zero: momentum and weight decay go on.
+
+        With several processes the sum goes over all of them, and each has to have the same number of losses.
 
         Raises:
             NotFinite: the loss or its gradient is not finite; the weights and the optimiser are as they were.
@@ -60,21 +66,36 @@ class Learner:
 
         Whatever is raised, no gradient is left over: the same update can be taken again.
         """
+        num_processes = self.accelerator.num_processes
         try:
             total = torch.zeros((), device=self.accelerator.device)
-            with gradients_in_place():
-                for loss in losses:
-                    self.accelerator.backward(loss)
+            # An engine that gathers gradients has to see them; and it takes their mean, where a sum is wanted.
+            with gradients_in_place() if num_processes == 1 else nullcontext():
+                remaining = iter(losses)
+                for number in range(1, num_losses + 1):
+                    with self._communicates(number == num_losses):
+                        loss = next(remaining)
+                        self.accelerator.backward(loss * num_processes)
                     total += loss.detach()
+                for _ in remaining:  # What comes after the last loss: passes without a gradient.
+                    raise AssertionError("more losses than were announced")
             self._zero_missing_gradients()
-            norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
-            loss_is_finite = math.isfinite(float(total))
+            norm = _number(nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm))
+            loss_is_finite = math.isfinite(float(self.accelerator.reduce(total, "sum")))
             if not (loss_is_finite and math.isfinite(norm)):
                 raise NotFinite("gradient" if loss_is_finite else "loss")
             self._step()
         finally:
             self.optimizer.zero_grad()
         return norm
+
+    def _communicates(self, last: bool) -> AbstractContextManager[Any]:
+        """Where every process has all weights, gradients are exchanged once, after the last micro-batch.
+
+        Where they are sharded, after each one: otherwise every process would hold the whole gradient.
+        """
+        wrapped = isinstance(self.network, DistributedDataParallel)
+        return nullcontext() if last or not wrapped else self.accelerator.no_sync(self.network)
 
     def _step(self) -> None:
         """Takes the optimiser's step. Out of memory, it cannot be taken again: some weights may have moved already."""
@@ -93,6 +114,11 @@ class Learner:
         if all(weight.grad is None for weight in self.trainable):
             for weight in self.trainable:
                 weight.grad = torch.zeros_like(weight)
+
+
+def _number(norm: Any) -> float:
+    """Returns a norm, of sharded gradients too."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def warmup_steps(args: OptimiserOptions, max_steps: int) -> int:

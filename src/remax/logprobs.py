@@ -73,11 +73,29 @@ class CompletionScorer(nn.Module):
         self.model = model
         self.adapters = adapters
         self.chunk_elements = chunk_elements
+        self.through: Callable[..., Any] | None = None
+        """Where weights are sharded, the forward that gathers them: its own, or that of the scorer that is trained."""
         self.knows_head = _knows_head(_unwrapped(model))
         self.has_plain_head = self.knows_head and _is_plain(_unwrapped(model))
 
-    def forward(self, batch: Batch, sampling: Sampling, reference: "CompletionScorer | None" = None) -> TokenStatistics:
-        """Returns the statistics of the batch's completions; given a reference, the exact KL to it too."""
+    @property
+    def _no_split_modules(self) -> Any:
+        """The layers that are sharded each by itself, as Accelerate asks for them."""
+        return _unwrapped(self.model)._no_split_modules
+
+    def forward(
+        self,
+        batch: Batch,
+        sampling: Sampling,
+        reference: "CompletionScorer | None" = None,
+        logprobs_of: "CompletionScorer | None" = None,
+    ) -> Any:
+        """Returns the statistics of the batch's completions; given a reference, the exact KL to it too.
+
+        logprobs_of: whose `logprobs` are returned instead, with the weights that are gathered here.
+        """
+        if logprobs_of is not None:
+            return logprobs_of._logprobs(batch, sampling)
         states = self.states(batch)
         targets = batch.targets
         if reference is None and self.has_plain_head and not sampling.truncates:
@@ -109,6 +127,12 @@ class CompletionScorer(nn.Module):
     @torch.no_grad()
     def logprobs(self, batch: Batch, sampling: Sampling) -> Tensor:
         """Returns the first of those statistics alone, [B, T] detached: what a reference is asked for."""
+        if self.through is None:
+            return self._logprobs(batch, sampling)
+        gathered: Tensor = self.through(batch, sampling, logprobs_of=self)
+        return gathered
+
+    def _logprobs(self, batch: Batch, sampling: Sampling) -> Tensor:
 
         def token_logprobs(states: Tensor, targets: Tensor) -> tuple[Tensor]:
             logprobs = warp_logits(self.logits(states), sampling, keep=targets).log_softmax(dim=-1)

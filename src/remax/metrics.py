@@ -9,9 +9,11 @@ from torch import Tensor
 
 from remax.batching import Batch
 from remax.components import Rewards
+from remax.errors import GuardStop
 from remax.guards.finite import Skipped
 from remax.interfaces import Completion, Rollout
 from remax.objective import BatchLoss
+from remax.processes import Processes
 
 
 class Credit(NamedTuple):
@@ -57,10 +59,13 @@ class StepRecord:
     """What the method measures beside."""
     skipped: list[Skipped] = field(default_factory=list)
     """The updates that were not taken, since their loss or gradient was not finite."""
+    stop: GuardStop | None = None
+    """What stops the run after this step, whose last updates were not taken."""
 
     def __post_init__(self) -> None:
         self.kl, self.entropy, self.logprob_difference = torch.full((3, len(self.advantages)), torch.nan).unbind()
         self.no_signal = torch.ones(len(self.advantages), dtype=torch.bool)
+        self._seen = torch.zeros(len(self.advantages), dtype=torch.bool)
 
     @property
     def advantages(self) -> Tensor:
@@ -79,6 +84,7 @@ class StepRecord:
         untouched: the policy is still the one that drew the samples, so its log-probabilities have to be theirs.
         """
         self.loss += result.loss.item()
+        self._seen[rows] = True
         self.kl[rows] = result.kl.float().cpu()
         self.entropy[rows] = result.entropy.float().cpu()
         self.no_signal[rows] = result.no_signal.cpu()
@@ -90,13 +96,21 @@ class StepRecord:
 
     def shown(self) -> dict[str, Any]:
         """Returns what `add` was given so far, for `forget`."""
-        return {"loss": self.loss} | {name: getattr(self, name).clone() for name in SHOWN}
+        return {"loss": self.loss} | {name: getattr(self, name).clone() for name in (*SHOWN, "_seen")}
 
     def forget(self, shown: Mapping[str, Any]) -> None:
         """Goes back to what had been shown by then: an attempt that broke off must not count twice."""
         self.loss = shown["loss"]
-        for name in SHOWN:
+        for name in (*SHOWN, "_seen"):
             getattr(self, name).copy_(shown[name])
+
+    def share(self, processes: Processes) -> None:
+        """Adds what the other processes' micro-batches showed; each row was in one process' only."""
+        parts = processes.gather(self.shown())
+        self.loss = sum(part["loss"] for part in parts)
+        for part in parts:
+            for name in SHOWN:
+                getattr(self, name)[part["_seen"]] = part[name][part["_seen"]]
 
     @property
     def trained(self) -> Tensor:

@@ -47,6 +47,22 @@ def default_view() -> View:
     return LivePanel() if sys.stdout.isatty() else PlainLines()
 
 
+class NoView:
+    """Shows nothing."""
+
+    def start(self, max_steps: int, step: int = 0) -> None:
+        """A training begins."""
+
+    def update(self, metrics: Mapping[str, float], sample: Completion) -> None:
+        """A step is done."""
+
+    def note(self, line: str) -> None:
+        """There is something to say."""
+
+    def stop(self) -> None:
+        """The training ends."""
+
+
 class _Clock:
     """Steps done, seconds per step and seconds left."""
 

@@ -37,21 +37,24 @@ LEFT_BY_A_RUN = (
 class RunFolder:
     """The output directory of one run."""
 
-    def __init__(self, output_dir: str, *, resumes: bool = False) -> None:
+    def __init__(self, output_dir: str, *, resumes: bool = False, writes: bool = True) -> None:
         """Checks that the folder can take a run; creates nothing yet.
 
-        resumes: it may hold one already.
+        resumes: it may hold one already. writes: False for a process that only follows the one that writes here;
+        nothing is checked or changed then.
 
         Raises:
             UserError: there is a file at that path, nothing can be written there, or the folder holds a run already.
         """
         self.path = Path(output_dir)
-        self.resumes = resumes
+        self.resumes, self.writes = resumes, writes
         self.check()
         self._before = set(self.path.iterdir()) if self.path.exists() else None
 
     def check(self) -> None:
         """Raises UserError if the folder cannot take the run."""
+        if not self.writes:
+            return
         output_dir = self.path
         ancestor = next(parent for parent in (self.path.absolute(), *self.path.absolute().parents) if parent.exists())
         if not os.access(ancestor, os.W_OK) or (not ancestor.is_dir() and ancestor != self.path.absolute()):
@@ -99,6 +102,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Takes back what the run made: one that fails before its first step is done leaves nothing half-written."""
+        if not self.writes:
+            return
         if self._before is None:
             shutil.rmtree(self.path, ignore_errors=True)
             return
@@ -118,6 +123,8 @@ class RunFolder:
         Raises:
             UserError: the disk does not take it.
         """
+        if not self.writes:
+            return
         with self.writing(name), (self.path / name).open("a", encoding="utf-8") as file:
             for record in records:
                 text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str)

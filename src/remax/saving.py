@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,51 @@ from transformers import GenerationConfig
 
 from remax.checkpoint.files import sync, sync_tree
 from remax.models import quiet
+from remax.sharding import whole
 
 
 def save_model(
-    model: Any, tokenizer: Any, folder: Path | str, *, eos_token_ids: Sequence[int] = (), card: str | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: Path | str,
+    *,
+    eos_token_ids: Sequence[int] = (),
+    card: str | None = None,
+    on_main: Callable[[Callable[[], None]], object] = lambda write: write(),
 ) -> None:
     """Writes a model and its tokenizer in Hugging Face format; a former one in the folder is replaced at the end.
 
     `from_pretrained` reads the folder without peft: adapters are merged into the weights that are written, and are
     themselves in folder/adapter. The model in memory is not touched. eos_token_ids: what ends a completion, for the
-    generation config of a language model. card: the text of its README.md.
+    generation config of a language model. card: the text of its README.md. on_main: where several processes call this,
+    each of which may hold a part of the weights, lets one of them write.
 
     Raises:
         OSError: the disk is full or broken; a former model in the folder is as it was.
     """
-    folder = Path(folder)
+    with quiet():
+        merged = _whole_copy(model, tokenizer, eos_token_ids)
+    adapter = {name: whole(p) for name, p in model.state_dict().items()} if isinstance(model, PeftModel) else {}
+
+    def fill(partial: Path) -> None:
+        with quiet():
+            merged.save_pretrained(partial)
+            _save_tokenizer(tokenizer, partial)
+            if adapter:
+                model.save_pretrained(str(partial / "adapter"), save_embedding_layers=False, state_dict=adapter)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+    on_main(lambda: _replace(Path(folder), fill))
+
+
+def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Puts what fill writes in a folder's place, once all of it is on the disk."""
     partial, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with quiet():
-            _whole_copy(model, tokenizer, eos_token_ids).save_pretrained(partial)
-            _save_tokenizer(tokenizer, partial)
-            if isinstance(model, PeftModel):
-                model.save_pretrained(str(partial / "adapter"), save_embedding_layers=False)
-        if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
+        fill(partial)
         sync_tree(partial)
         if folder.exists():
             shutil.rmtree(former, ignore_errors=True)
@@ -66,31 +85,32 @@ def _whole_copy(model: Any, tokenizer: Any, eos_token_ids: Sequence[int]) -> Any
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.device("meta"):
         shell = type(base)(copy.deepcopy(base.config))
-    shell.load_state_dict(merged_state_dict(base), assign=True)
+    shell.load_state_dict(dict(merged_weights(base)), assign=True)
     shell.tie_weights()
     if shell.can_generate():
         shell.generation_config = _generation_config(base.generation_config, tokenizer, eos_token_ids)
     return shell
 
 
-def merged_state_dict(base: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights of a model as if the active adapters in it were merged, under the names they have without.
+def merged_weights(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights of a model as if the active adapters in it were merged, under the names they have without.
 
-    Layer by layer on copies: merging in place and back again would leave rounding errors in the model.
+    Layer by layer on copies: merging in place and back again would leave rounding errors in the model. Where processes
+    hold parts of the weights, what is yielded is whole, and all of them have to ask for it.
     """
     wrappers = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
     prefixes = tuple(f"{name}." for name in wrappers)
-    state = {name: tensor for name, tensor in base.state_dict().items() if not name.startswith(prefixes)}
+    yield from ((name, whole(t)) for name, t in base.state_dict().items() if not name.startswith(prefixes))
     for name, wrapper in wrappers.items():
         if isinstance(wrapper, BaseTunerLayer):
-            merged = copy.deepcopy(wrapper)
+            memo = {id(p): nn.Parameter(whole(p.detach()).clone(), p.requires_grad) for p in wrapper.parameters()}
+            merged = copy.deepcopy(wrapper, memo)
             merged.merge()
             layer = merged.get_base_layer()
         else:
             layer = wrapper.modules_to_save[wrapper.active_adapter]
         # On the CPU, where there is room for a second set of weights.
-        state.update({f"{name}.{key}": tensor.cpu() for key, tensor in layer.state_dict().items()})
-    return state
+        yield from ((f"{name}.{key}", whole(tensor).cpu()) for key, tensor in layer.state_dict().items())
 
 
 def _generation_config(current: Any, tokenizer: Any, eos_token_ids: Sequence[int]) -> Any:

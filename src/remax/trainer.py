@@ -15,20 +15,21 @@ from remax.batching import PromptOrder
 from remax.checkpoint.session import Session
 from remax.checkpoint.state import fingerprints
 from remax.compilation import compile_layers
+from remax.components import Components
 from remax.config import ReMaxConfig
 from remax.errors import GuardStop, Interrupted, UserError
 from remax.evaluate import Evaluation, check_gold, evaluate_policy, load_gold
-from remax.guards.memory import MidStepStop
 from remax.guards.watch import Guards
 from remax.interfaces import Prompt, RolloutEngine
 from remax.learner import Learner
 from remax.logprobs import CompletionScorer
 from remax.meters import PhaseMeter
-from remax.methods import PPO, make_method
+from remax.methods import PPO, make_method, make_value_model
 from remax.metrics import StepRecord, completion_records, step_metrics
 from remax.plan import base_bytes, describe_peaks
 from remax.plan.device import free_main_memory
-from remax.progress import View, default_view
+from remax.processes import join_processes
+from remax.progress import NoView, View, default_view
 from remax.recording import RunFolder, model_card
 from remax.saving import save_model
 
@@ -98,34 +99,46 @@ class ReMaxTrainer:
             UserError: a setting, dataset, model or reward cannot be used; nothing was written.
         """
         self.args = args or ReMaxConfig()
-        self.folder = RunFolder(self.args.output_dir, resumes=self.args.resume != "none")
+        self.processes = processes = join_processes()
+        self.folder = processes.together(
+            lambda: RunFolder(self.args.output_dir, resumes=self.args.resume != "none", writes=processes.is_main)
+        )
         compared = run_config or dataclasses.asdict(self.args)
-        self.session = Session(self.folder, self.args, compared, free_memory=free_main_memory)
+        self.session = Session(self.folder, self.args, compared, free_memory=free_main_memory, processes=self.processes)
         set_seed(self.args.seed)
         gold = gold_reward_funcs if isinstance(gold_reward_funcs, list | tuple) else [gold_reward_funcs]
         gold = [function for function in gold if function is not None]
-        check_gold(gold)
         given = [model, *(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs])]
         self.base_bytes = base_bytes(PartialState().device, given)
-        self.parts = parts = assemble(
-            self.args,
-            model=model,
-            reward_funcs=reward_funcs,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            peft_config=peft_config,
-            rollout_engine=rollout_engine,
-        )
-        if gold and parts.eval_prompts:
-            parts.gold_functions = load_gold(gold, parts, self.args.reward_batch_size)
+
+        def make_parts() -> Components:
+            check_gold(gold)
+            parts = assemble(
+                self.args,
+                model=model,
+                reward_funcs=reward_funcs,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                peft_config=peft_config,
+                rollout_engine=rollout_engine,
+                processes=processes,
+            )
+            if gold and parts.eval_prompts:
+                parts.gold_functions = load_gold(gold, parts, self.args.reward_batch_size)
+            # As the policy is whole still: a value model may be a copy of it.
+            self.value_model = make_value_model(parts, self.args)
+            return parts
+
+        self.parts = parts = processes.together(make_parts)
         self._make_method()
         self.session.check_same(fingerprints(self))
         if self.args.bf16:  # PPO's value model has copied the reward model's float32 weights by now.
             parts.hold_frozen_in_bfloat16()
+        parts.shard_frozen(self.policy.module)
         self.run_config = run_config or {"model": parts.model_name, **dataclasses.asdict(self.args)}
-        self.view = view or default_view()
+        self.view = view or (default_view() if processes.is_main else NoView())
         self.callbacks = list(callbacks or [])
         self._make_records()
         self._notify("on_init_end")
@@ -147,7 +160,7 @@ class ReMaxTrainer:
             max_steps=self.max_steps,
             rate_flag="learning_rate",
         )
-        self.method = make_method(parts, self.args, self.policy, max_steps=self.max_steps)
+        self.method = make_method(parts, self.args, self.policy, self.value_model, max_steps=self.max_steps)
 
     def _make_records(self) -> None:
         """Makes what counts, watches and tells."""
@@ -181,6 +194,7 @@ class ReMaxTrainer:
         with self.meter.measure("update"):
             method.update(record)
             self.policy.scheduler.step()
+            self.parts.policy_version += 1
         return record
 
     # The run ----------------------------------------------------------------------------------------------------------
@@ -205,12 +219,12 @@ class ReMaxTrainer:
             self.accelerator.init_trackers("tensorboard", config=_scalars(self.run_config))
             self._notify("on_train_begin")
             self.session.restore_generators()
-            if self.state.global_step == 0:
+            if not self._is_evaluated:  # At the beginning, or since a guard stopped the run while it was.
                 self._evaluate()
             self.view.start(self.max_steps, self.state.global_step)
             while not self._ended:
                 metrics = self._recorded_step(self.state.global_step + 1)
-                if self._ended or (self.args.eval_steps and self.state.global_step % self.args.eval_steps == 0):
+                if self._evaluation_is_due:
                     self._evaluate()
                 self.guards.stop_if_needed()
                 self.session.after_step(self, ended=self._ended)
@@ -221,7 +235,7 @@ class ReMaxTrainer:
             self._notify("on_train_end")
         except BaseException as error:
             try:
-                if isinstance(error, GuardStop) and not isinstance(error, MidStepStop) and self.state.global_step > 0:
+                if isinstance(error, GuardStop) and self.state.global_step > 0:
                     self.session.save_before_stop(self, ended=self._ended)
             finally:
                 # A second Ctrl-C does not wait for a checkpoint that is being written.
@@ -237,6 +251,17 @@ class ReMaxTrainer:
         return self.state.global_step >= self.max_steps or bool(self.control.should_training_stop)
 
     @property
+    def _evaluation_is_due(self) -> bool:
+        step = self.state.global_step
+        return step == 0 or self._ended or bool(self.args.eval_steps and step % self.args.eval_steps == 0)
+
+    @property
+    def _is_evaluated(self) -> bool:
+        """Whether nothing is left to evaluate after the last step."""
+        steps = {line["step"] for line in self.folder.read("eval.jsonl")}
+        return not self._evaluation_is_due or self.state.global_step in steps
+
+    @property
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint of the run, which may have to be waited for."""
         self.session.writer.wait()
@@ -245,7 +270,8 @@ class ReMaxTrainer:
     def _close(self, *, at_once: bool = False) -> None:
         try:
             self.view.stop()
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # Not end_training: afterwards processes could not talk any more.
+                tracker.finish()
         finally:
             self.session.end(at_once=at_once)
 
@@ -275,11 +301,21 @@ class ReMaxTrainer:
         title = f"Model after {METHOD_NAMES[self.args.method].split(' (')[0]}"
         card = model_card(base_model=name, title=title, lines=lines)
         stops = self.parts.sampling.eos_token_ids
-        with self.folder.writing(folder.name):
-            save_model(self.parts.policy, self.parts.tokenizer, folder, eos_token_ids=stops, card=card)
+        save_model(
+            self.parts.policy,
+            self.parts.tokenizer,
+            folder,
+            eos_token_ids=stops,
+            card=card,
+            on_main=lambda write: self.processes.on_main(lambda: self._write(folder.name, write)),
+        )
+
+    def _write(self, name: str, write: Callable[[], None]) -> None:
+        with self.folder.writing(name):
+            write()
 
     def _describe_memory(self) -> str:
-        value_model = self.method.critic.network if isinstance(self.method, PPO) else None
+        value_model = self.method.critic.module if isinstance(self.method, PPO) else None
         return describe_peaks(
             self.parts, self.args, self.meter.run_peak_bytes, base_bytes=self.base_bytes, value_model=value_model
         )
@@ -319,7 +355,12 @@ class ReMaxTrainer:
         if step % self.args.logging_steps == 0 or step == self.max_steps:
             self.view.update(measured, record.rollout.samples[0])
         self._tell(self.guards.after_step(record, metrics))
+        self._agree_on_end()
         return metrics
+
+    def _agree_on_end(self) -> None:
+        """Lets a callback that stops the training in one process stop it in all."""
+        self.control.should_training_stop = any(self.processes.gather(bool(self.control.should_training_stop)))
 
     def _whole_step(self, step: int) -> StepRecord:
         """Takes a step; if a guard stops the run in the middle of it, the method forgets that it began."""
@@ -350,6 +391,7 @@ class ReMaxTrainer:
         self.view.note(f"evaluation after step {step}: {'  '.join(shown)}")
         self._log(metrics)
         self._notify("on_evaluate", metrics=metrics, evaluation=evaluation)
+        self._agree_on_end()
         self._tell(self.guards.after_evaluation(step, evaluation))
         wanted = self.args.metric_for_best_model
         if wanted.removeprefix("eval/") not in evaluation.values or not wanted.startswith("eval/"):

@@ -4,6 +4,7 @@ OUT/checkpoints/
     run.json               which command the run is of, and its settings
     step-000200/           manifest.json has size and sha256 of every other file; state.json tells what it is of
     .step-000300.partial/  being written; worthless once its process is gone
+    .shards.partial/       likewise, the parts of several processes
     checkpoint-300/        likewise, by transformers
 """
 
@@ -122,7 +123,7 @@ def remove(checkpoint: Path) -> None:
 
 def remove_partials(folder: Path) -> None:
     """Deletes what processes left that died while they wrote or deleted a checkpoint; nothing outside of FOLDER."""
-    ours = re.compile(r"\.step-\d{6,}\.partial|checkpoint-\d+")
+    ours = re.compile(r"\.step-\d{6,}\.partial|\.shards\.partial|checkpoint-\d+")
     for path in (folder / FOLDER).glob("*"):
         if ours.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)

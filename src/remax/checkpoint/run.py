@@ -22,21 +22,33 @@ from remax.checkpoint.signals import StopSignals
 from remax.checkpoint.start import Start, find_start
 from remax.config.checkpoint import CheckpointOptions
 from remax.errors import UserError
+from remax.processes import ALONE, Processes
 from remax.recording import RunFolder
 
 
 class Run:
     """A training's hold on its folder."""
 
-    def __init__(self, folder: RunFolder, options: CheckpointOptions, config: Mapping[str, Any], *, kind: str) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        options: CheckpointOptions,
+        config: Mapping[str, Any],
+        *,
+        kind: str,
+        processes: Processes = ALONE,
+    ) -> None:
         """Finds out where the training begins; changes nothing yet.
+
+        processes: those that train together; only the main one looks into the folder and writes there.
 
         Raises:
             UserError: see `find_start`.
         """
         self.folder, self.options, self.config, self.kind = folder, options, config, kind
+        self.processes = processes
         self._seen = self._look()
-        self.start: Start = find_start(folder, options, config, kind=kind)
+        self.start: Start = processes.on_main(lambda: find_start(folder, options, config, kind=kind))
         self.lock = RunLock(folder.path)
         self.signals = StopSignals()
         self.fingerprints: Mapping[str, str] = {}
@@ -65,6 +77,11 @@ class Run:
             UserError: another run has it, or has written there since this one looked where to begin.
         """
         self._run_config = run_config
+        self.processes.on_main(self._take_folder)
+        if signals and self.options.save_steps >= 0:
+            self.signals.catch()
+
+    def _take_folder(self) -> None:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.lock.acquire()
         try:
@@ -78,8 +95,6 @@ class Run:
         except BaseException:
             self.lock.release()
             raise
-        if signals and self.options.save_steps >= 0:
-            self.signals.catch()
 
     def _look(self) -> tuple[Any, ...]:
         """Returns what `find_start` goes by."""
@@ -144,10 +159,14 @@ class Run:
         Raises:
             UserError: something could not be written.
         """
-        if self.start.checkpoint is not None:
-            with self.folder.writing("the start of a run"):
-                self._go_back(self.start.checkpoint)
-                self._write_settings()
+        checkpoint = self.start.checkpoint
+        if checkpoint is not None:
+            self.processes.on_main(lambda: self._go_back_in_folder(checkpoint))
+
+    def _go_back_in_folder(self, checkpoint: Path) -> None:
+        with self.folder.writing("the start of a run"):
+            self._go_back(checkpoint)
+            self._write_settings()
 
     def _go_back(self, checkpoint: Path) -> None:
         for newer in list_checkpoints(self.folder.path):

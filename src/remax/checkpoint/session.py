@@ -1,16 +1,18 @@
 """ReMaxTrainer.train's hold on its folder: when its state is saved, and how it is put back."""
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from remax.checkpoint import state
-from remax.checkpoint.files import path_of
+from remax.checkpoint.files import FOLDER, path_of
 from remax.checkpoint.run import Run
 from remax.checkpoint.writer import Writer
 from remax.config.checkpoint import CheckpointOptions
 from remax.errors import UserError
+from remax.processes import ALONE, Processes
 from remax.recording import RunFolder
 
 
@@ -24,6 +26,7 @@ class Session(Run):
         config: Mapping[str, Any],
         *,
         free_memory: Callable[[], int],
+        processes: Processes = ALONE,
     ) -> None:
         """Finds out where the training begins; changes nothing yet.
 
@@ -32,7 +35,7 @@ class Session(Run):
         Raises:
             UserError: see `find_start`.
         """
-        super().__init__(folder, options, config, kind="train")
+        super().__init__(folder, options, config, kind="train", processes=processes)
         self.writer = Writer(folder.path, options.save_total_limit, print)
         self.free_memory = free_memory
         self._unsaved: UserError | None = None
@@ -67,7 +70,11 @@ class Session(Run):
             Interrupted: Ctrl-C or SIGTERM came during the step.
             UserError: they came, and the state could not be saved.
         """
-        step, stopped = trainer.state.global_step, self.signals.received is not None
+        step = trainer.state.global_step
+        received = [signal for signal in self.processes.gather(self.signals.received) if signal is not None]
+        stopped = bool(received)
+        if stopped:  # Every process stops after this step, whichever of them has heard of it by now.
+            self.signals.received = received[0]
         if self.due(step, ended=ended or stopped):
             try:
                 self.save(trainer, ended=ended, background=not (ended or stopped))
@@ -106,17 +113,39 @@ class Session(Run):
         Raises:
             UserError: it could not be written; a failure that only shows in the background is warned of there.
         """
+        others = self._write_shards(trainer) if state.is_sharded(trainer) else None
+        self.processes.on_main(lambda: self._save(trainer, others, ended=ended, background=background, rotates=rotates))
+        return path_of(self.folder.path, trainer.state.global_step)
+
+    def _save(self, trainer: Any, others: Any, *, ended: bool, background: bool, rotates: bool) -> None:
         step, best_step = trainer.state.global_step, trainer.state.best_global_step
         self.writer.wait()  # Its copy is given back before there is another one.
         background = background and self.free_memory() > 2 * state.num_bytes(trainer)
         with self.folder.writing(f"the checkpoint of step {step}"):
             facts = {**self.facts(), "ended": ended}
-        snapshot = state.capture(trainer, facts, copies=background)
+        background = background and others is None
+        shards = None if others is None else self._shards
+        snapshot = state.capture(trainer, facts, copies=background, shards=shards, others=others)
         if background:
             self.writer.begin(step, best_step, snapshot.write)
         else:
             self.writer.write(step, best_step, snapshot.write, rotates=rotates)
-        return path_of(self.folder.path, step)
+
+    @property
+    def _shards(self) -> Path:
+        """Where processes write their parts of a checkpoint, before it takes them in."""
+        return self.folder.path / FOLDER / ".shards.partial"
+
+    def _write_shards(self, trainer: Any) -> dict[str, Any]:
+        """Writes the parts of all processes beside the checkpoint, which is not there yet."""
+
+        def clear() -> None:
+            self.writer.wait()
+            shutil.rmtree(self._shards, ignore_errors=True)
+
+        self.processes.on_main(clear)
+        with self.folder.writing("the checkpoint"):
+            return state.write_shards(trainer, self._shards)
 
     def end(self, *, at_once: bool = False) -> None:
         """Lets the folder go; unless at once, when nothing is being written any more. May be called twice."""

@@ -2,6 +2,7 @@
 
     policy.safetensors       the trainable weights (of LoRA: the adapter)
     value_model.safetensors  likewise, with PPO
+    shards/                  instead of these and of the optimisers, where processes hold parts of them (shards.py)
     training.pt              optimisers, position in their schedules, the method's own state, random generators; holds
                              nothing but tensors and plain values, and is read with weights_only=True
     state.json               step, counts, best evaluation, length of every file of lines, settings, fingerprints
@@ -9,6 +10,7 @@
 The data order and the sampling noise are functions of the seed and the step, so the step is all of their state.
 """
 
+import functools
 import hashlib
 import json
 import pickle
@@ -26,10 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from remax import sharding
+from remax.checkpoint import shards
 from remax.checkpoint.files import FACTS, write_json
+from remax.checkpoint.shards import FOLDER as SHARDS
+from remax.checkpoint.shards import part_like
 from remax.errors import UserError
 from remax.interfaces import Prompt
 from remax.models import adapter_is_new
+from remax.sharding import whole
 
 TRAINING = "training.pt"
 VALUES_PER_TENSOR = 64
@@ -44,9 +51,13 @@ class Snapshot:
     """By network and parameter."""
     training: Mapping[str, Any]
     facts: Mapping[str, Any]
+    shards: Path | None = None
+    """Where the parts of the processes are, which hold weights and optimiser states then."""
 
     def write(self, folder: Path) -> None:
         """Writes its files."""
+        if self.shards is not None:
+            self.shards.rename(folder / SHARDS)
         for name, tensors in self.weights.items():
             save_file(dict(tensors), folder / f"{name}.safetensors")
         with (folder / TRAINING).open("wb") as file:
@@ -54,16 +65,26 @@ class Snapshot:
         write_json(folder / FACTS, self.facts)
 
 
-def capture(trainer: Any, facts: Mapping[str, Any], *, copies: bool) -> Snapshot:
+def capture(
+    trainer: Any, facts: Mapping[str, Any], *, copies: bool, shards: Path | None = None, others: Any = None
+) -> Snapshot:
     """Returns the state of a trainer between two steps.
 
     copies: in the host's memory, so that training may go on while it is written; else it has to be written first.
+    shards: where weights and optimiser states have been written in parts; others: what `write_shards` returned then.
     """
     keep = _copied if copies else _detached
+    networks = _networks(trainer) if shards is None else {}
     return Snapshot(
-        {name: {key: keep(p) for key, p in _trainable(network)} for name, network in _networks(trainer).items()},
+        {name: {key: keep(p) for key, p in _trainable(network)} for name, network in networks.items()},
         {
-            "learners": {name: _learner_state(learner, keep) for name, learner in _learners(trainer).items()},
+            "learners": {
+                name: {
+                    "optimizer": _mapped(learner.optimizer.state_dict()["state"], keep) if not others else others[name],
+                    "num_steps": learner.scheduler.last_epoch,
+                }
+                for name, learner in _learners(trainer).items()
+            },
             "parts": _mapped({name: part.state_dict() for name, part in _stateful(trainer).items()}, keep),
             "generators": _generators(),
         },
@@ -76,7 +97,26 @@ def capture(trainer: Any, facts: Mapping[str, Any], *, copies: bool) -> Snapshot
             "best_metric": trainer.state.best_metric,
             "best_step": trainer.state.best_global_step,
         },
+        shards,
     )
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether this process holds only parts of the weights that are trained."""
+    return any(sharding.is_sharded(network) for network in _networks(trainer).values())
+
+
+def write_shards(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Writes this process' parts of weights and optimiser states, and returns by learner what no part holds.
+
+    To be called by all processes.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    learners = _learners(trainer)
+    shards.write_shards(folder, learners)
+    return {name: shards.other_states(learner) for name, learner in learners.items()}
 
 
 def num_bytes(trainer: Any) -> int:
@@ -94,12 +134,18 @@ def restore(trainer: Any, checkpoint: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         UserError: the checkpoint is of another model or method.
     """
-    for name, network in _networks(trainer).items():
+    in_parts = (checkpoint / SHARDS).is_dir()
+    for name, network in {} if in_parts else _networks(trainer).items():
         _restore_weights(network, checkpoint / f"{name}.safetensors")
     training = _load(checkpoint)
     with _reading(checkpoint):
+        if in_parts:
+            others = {name: own["optimizer"] for name, own in training["learners"].items()}
+            shards.read_shards(checkpoint / SHARDS, _learners(trainer), others)
         for name, learner in _learners(trainer).items():
-            _restore_learner(learner, training["learners"][name])
+            if not in_parts:
+                _restore_optimizer(learner, training["learners"][name]["optimizer"])
+            _restore_schedule(learner, training["learners"][name]["num_steps"])
         for name, part in _stateful(trainer).items():
             if name in training["parts"]:
                 part.load_state_dict(training["parts"][name])
@@ -142,7 +188,7 @@ def fingerprint(network: nn.Module, without: str | None = None) -> str:
     digest = hashlib.sha256()
     for name, parameter in network.named_parameters():
         if without is None or without not in name:
-            values = parameter.detach().flatten()
+            values = whole(parameter.detach()).flatten()
             some = values[:: max(1, len(values) // VALUES_PER_TENSOR)].float().cpu()
             digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -159,7 +205,7 @@ def digest_of_values(values: Iterable[Any]) -> str:
 
 def _networks(trainer: Any) -> dict[str, nn.Module]:
     critic = getattr(trainer.method, "critic", None)
-    return {"policy": trainer.parts.policy} | ({} if critic is None else {"value_model": critic.network})
+    return {"policy": trainer.parts.policy} | ({} if critic is None else {"value_model": critic.module})
 
 
 def _learners(trainer: Any) -> dict[str, Any]:
@@ -188,23 +234,21 @@ def _restore_weights(network: nn.Module, file: Path) -> None:
         )
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(part_like(parameter, saved[name]))
 
 
-def _learner_state(learner: Any, keep: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    return {
-        "optimizer": _mapped(learner.optimizer.state_dict()["state"], keep),
-        "num_steps": learner.scheduler.last_epoch,
-    }
-
-
-def _restore_learner(learner: Any, state: Mapping[str, Any]) -> None:
+def _restore_optimizer(learner: Any, saved: Mapping[int, Any]) -> None:
     """Puts back what the optimiser has learned. Rates and betas are those of the settings, which may be changed."""
     groups = learner.optimizer.state_dict()["param_groups"]
-    learner.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-    if number := state["num_steps"]:
+    parameters = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
+    states = {number: _mapped(own, functools.partial(part_like, parameters[number])) for number, own in saved.items()}
+    learner.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _restore_schedule(learner: Any, num_steps: int) -> None:
+    if num_steps:
         # Every schedule is a function of the step alone. _step_count only keeps torch from a warning.
-        vars(learner.scheduler).update(last_epoch=number - 1, _step_count=number + 1)
+        vars(learner.scheduler).update(last_epoch=num_steps - 1, _step_count=num_steps + 1)
         learner.scheduler.step()
 
 

@@ -37,7 +37,7 @@ class Call:
 
 def networks(trainer: ReMaxTrainer) -> dict[str, nn.Module]:
     """Returns the networks that hold weights of their own, by name."""
-    value_model = trainer.method.critic.network if isinstance(trainer.method, PPO) else None
+    value_model = trainer.method.critic.module if isinstance(trainer.method, PPO) else None
     return networks_of(trainer.parts, value_model)
 
 

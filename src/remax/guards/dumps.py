@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from remax.checkpoint.files import FACTS, problem_of, read_facts, write_checkpoint, write_json
 from remax.errors import UserError
@@ -77,11 +77,15 @@ class Dump:
 
 
 def write_dump(
-    folder: Path, record: StepRecord, skipped: Skipped, networks: Mapping[str, nn.Module], facts: Mapping[str, Any]
+    folder: Path,
+    record: StepRecord,
+    skipped: Skipped,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    facts: Mapping[str, Any],
 ) -> Path | None:
     """Writes a dump into a run's folder and returns where; None if the run has as many as it keeps.
 
-    networks: by the name of their file.
+    weights: of the networks, by the name of their file and by parameter.
 
     Raises:
         OSError: it cannot be written; nothing of it is left.
@@ -115,9 +119,8 @@ def write_dump(
 
     def fill(partial: Path) -> None:
         save_file(_tensors(record, skipped), partial / "samples.safetensors")
-        for name, network in networks.items():
-            weights = {n: p.detach().cpu().contiguous() for n, p in network.named_parameters() if p.requires_grad}
-            save_file(weights, partial / f"{name}.safetensors")
+        for name, own in weights.items():
+            save_file({key: tensor.cpu() for key, tensor in own.items()}, partial / f"{name}.safetensors")
         write_json(partial / FACTS, {**about, **facts, "samples": texts})
 
     write_checkpoint(path, fill)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from remax.errors import GuardStop
+from remax.errors import GuardStop, UserError
 
 T = TypeVar("T")
 
@@ -19,14 +19,12 @@ CPU_MESSAGES = ("can't allocate memory", "not enough memory")
 """What torch's allocator for the CPU says; it has no exception of its own."""
 
 
-class MidStepStop(GuardStop):
-    """The weights are between two steps: nothing of this moment may be saved, and former checkpoints stay the last."""
-
-
 class MemoryGuard:
     """The sizes of passes: as they are set, until memory does not suffice; from then on what did suffice."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, redoes: bool = True) -> None:
+        """redoes: False where several processes take passes together: what one did again the others would wait for."""
+        self.redoes = redoes
         self.halves = True
         """False lets the error pass, for who measures what fits."""
         self.limits: dict[str, int] = {}
@@ -48,6 +46,7 @@ class MemoryGuard:
 
         Raises:
             GuardStop: memory does not suffice for the smallest size.
+            UserError: it does not suffice, and several processes work together.
         """
         while True:
             size = self.size(setting, as_set)
@@ -62,6 +61,11 @@ class MemoryGuard:
             self._halve(setting, min(size, whole), smallest, reason)
 
     def _halve(self, setting: str, size: int, smallest: int, reason: str) -> None:
+        if not self.redoes:
+            raise UserError(
+                f"--{setting} is {size} here: memory does not suffice ({reason}), and where several processes wait for "
+                f"each other nothing is done again; set --{setting} {max(1, size // 2)}, and go on with --resume auto."
+            )
         if size <= smallest:
             raise GuardStop(
                 f"memory does not suffice ({reason}), and with {setting} {size} there is nothing left to be halved: "

@@ -192,7 +192,7 @@ class _Update:
             result = method.loss(self.record, group, denominator)
             return Pass(result.loss, result.logprobs)
 
-        return [group for group, _ in method.micro_batches(self.record, rows)], run, self.parts.policy
+        return [group for group, _, _ in method.micro_batches(self.record, rows)], run, self.parts.policy
 
     def _ppo(self, rows: list[int]) -> tuple[list[list[int]], Callable[[list[int]], Pass], nn.Module]:
         device = self.parts.accelerator.device
@@ -205,7 +205,8 @@ class _Update:
         num_tokens = int(experience.mask.sum())
         of_value = self.facts["network"] == "value"
         learner: Any = SimpleNamespace(network=CompletionScorer(self.parts.policy))
-        critic: Any = SimpleNamespace(network=self._value_model() if of_value else None)
+        value_model = self._value_model() if of_value else None
+        critic: Any = SimpleNamespace(network=value_model, module=value_model)
         method = PPO(self.parts, self.args, learner, critic)
 
         def run(group: list[int]) -> Pass:
@@ -216,8 +217,8 @@ class _Update:
             result, _ = method.policy_loss(own, batch, len(rows), num_tokens)
             return Pass(result.loss, result.logprobs)
 
-        groups = [group for group, _, _ in method.micro_batches(experience, rows)]
-        return groups, run, critic.network if of_value else self.parts.policy
+        groups = [group for group, _, _, _ in method.micro_batches(experience, rows)]
+        return groups, run, value_model if value_model is not None else self.parts.policy
 
     def _value_model(self) -> nn.Module:
         source = self.args.value_model or self.facts["config"].get("reward_model")

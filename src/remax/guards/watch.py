@@ -15,6 +15,7 @@ from remax.guards.dumps import write_dump
 from remax.guards.finite import SkipCount, Skipped
 from remax.methods import PPO, Method
 from remax.metrics import StepRecord
+from remax.sharding import trainable_weights
 
 
 class Guards:
@@ -44,17 +45,19 @@ class Guards:
         record.skipped.append(skipped)
         if len(record.skipped) > 1:
             return
-        networks = {"policy": self.parts.policy}
+        weights = {"policy": trainable_weights(self.parts.policy)}
         if isinstance(self.method, PPO) and skipped.network == "value":
-            networks["value_model"] = self.method.critic.network
+            weights["value_model"] = trainable_weights(self.method.critic.module)
         facts = {
             "config": {"model": self.parts.model_name, **dataclasses.asdict(self.args), **self.config},
             "seed": self.args.seed,
             "sampling": dataclasses.asdict(self.parts.sampling),
             "micro_batch_tokens": self.memory.size("micro_batch_tokens", self.args.micro_batch_tokens),
         }
+        if not self.parts.processes.is_main:
+            return
         try:
-            path = write_dump(self.folder, record, skipped, networks, facts)
+            path = write_dump(self.folder, record, skipped, weights, facts)
         except FAILURES as error:
             self._dump = {"dump": None, "dump_failed": str(error)}
         else:
@@ -68,6 +71,8 @@ class Guards:
     def after_step(self, record: StepRecord, metrics: Mapping[str, float]) -> list[dict[str, Any]]:
         """Returns the news of a step."""
         news = self.take_news(record.step)
+        if record.stop is not None:
+            self._stop = str(record.stop)
         if record.skipped:
             news.append(self._skipped(record))
         return news + self._raised(self.alarms.after_step(record.step, metrics))

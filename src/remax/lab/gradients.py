@@ -23,7 +23,7 @@ from remax.errors import UserError
 from remax.interfaces import Completion, Prompt, Rollout
 from remax.lab.statistics import Floats
 from remax.learner import Learner
-from remax.methods import make_method
+from remax.methods import make_method, make_value_model
 from remax.metrics import StepRecord
 
 Gradients = NDArray[np.float32]
@@ -103,7 +103,7 @@ class Estimator:
     def __init__(self, parts: Components, args: ReMaxConfig, policy: Learner) -> None:
         """policy holds the CompletionScorer of parts.policy; its optimiser is not used."""
         self.parts, self.args = parts, args
-        self.method = make_method(parts, args, policy, max_steps=1)
+        self.method = make_method(parts, args, policy, make_value_model(parts, args), max_steps=1)
         self.trainable = [p for p in parts.policy.parameters() if p.requires_grad]
         self._untouched = self.method.state_dict()
 

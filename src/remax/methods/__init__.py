@@ -15,15 +15,16 @@ from torch import Tensor
 from remax.assembly import check_context
 from remax.components import Components, Rewards
 from remax.config import ReMaxConfig
-from remax.critic import load_value_model
+from remax.critic import ValueModel, load_value_model
 from remax.interfaces import Prompt, Rollout
 from remax.learner import Learner
 from remax.methods.critic_free import CriticFree
 from remax.methods.ppo import PPO
 from remax.methods.within_memory import OnSkip
 from remax.metrics import Credit, StepRecord
+from remax.sharding import shards_weights
 
-__all__ = ["PPO", "CriticFree", "Method", "make_method"]
+__all__ = ["PPO", "CriticFree", "Method", "make_method", "make_value_model"]
 
 
 class Method(Protocol):
@@ -57,20 +58,31 @@ class Method(Protocol):
         ...
 
 
-def make_method(parts: Components, args: ReMaxConfig, policy: Learner, *, max_steps: int) -> Method:
-    """Returns the method of --method, which trains policy and, for PPO, a value model of its own.
+def make_value_model(parts: Components, args: ReMaxConfig) -> ValueModel | None:
+    """Returns the value model that --method trains beside the policy; None if it trains none.
 
     Raises:
-        UserError: the value model cannot be used.
+        UserError: it cannot be used.
     """
     if args.method != "ppo":
-        return CriticFree(parts, args, policy)
+        return None
     value_model = load_value_model(args, parts.policy, parts.tokenizer, parts.reward_functions)
     prompts = [*parts.prompts, *parts.eval_prompts]
     check_context(value_model.body, prompts, args.max_completion_length, of="the value model")
+    return value_model
+
+
+def make_method(
+    parts: Components, args: ReMaxConfig, policy: Learner, value_model: ValueModel | None, *, max_steps: int
+) -> Method:
+    """Returns the method of --method, which trains policy and, for PPO, a value model of its own."""
+    if value_model is None:
+        return CriticFree(parts, args, policy)
     rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
+    if not shards_weights(parts.accelerator):
+        value_model.to(parts.accelerator.device)
     critic = Learner(
-        value_model.to(parts.accelerator.device),
+        value_model,
         replace(args, learning_rate=rate),
         parts.accelerator,
         max_steps=max_steps,

@@ -69,13 +69,20 @@ class CriticFree:
 
         def losses() -> Iterator[Tensor]:
             yield from self.losses(record, rows)
-            if not math.isfinite(record.loss):  # The rows without a gradient have a loss too.
+            if not math.isfinite(self.parts.processes.sum(record.loss)):  # Rows without a gradient have a loss too.
                 raise NotFinite("loss")
 
+        def take() -> float:
+            num_losses = sum(has_gradient for _, has_gradient, _ in self.micro_batches(record, rows))
+            return self.policy.update(losses(), num_losses)
+
+        fault = None
         try:
-            record.grad_norm = within_memory(self.parts, self.args, record, rows, lambda: self.policy.update(losses()))
-        except NotFinite as fault:
-            record.grad_norm = math.nan
+            record.grad_norm = within_memory(self.parts, self.args, record, rows, take)
+        except NotFinite as error:
+            record.grad_norm, fault = math.nan, error
+        record.share(self.parts.processes)
+        if fault is not None:
             self.on_skip(record, Skipped("policy", fault.what, rows))
 
     def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
@@ -84,26 +91,31 @@ class CriticFree:
         Where the return is 0 at every token, the row has no gradient: it is looked at, but nothing is differentiated.
         """
         denominator = self.denominator(record, rows)
-        for group, has_gradient in self.micro_batches(record, rows):
+        for group, has_gradient, counts in self.micro_batches(record, rows):
             with torch.set_grad_enabled(has_gradient):
                 result = self.loss(record, group, denominator)
             if has_gradient:
-                yield result.loss
-            record.add(group, result)  # Not before it is differentiated: a GPU would have to be waited for.
+                yield result.loss if counts else result.loss * 0
+            if counts:
+                record.add(group, result)  # Not before it is differentiated: a GPU would have to be waited for.
 
     def denominator(self, record: StepRecord, rows: Sequence[int]) -> int:
         """Returns what the sum of the losses of these rows is divided by."""
         num_tokens = sum(len(record.rollout.samples[row].token_ids) for row in rows)
         return estimators.denominator(self.args.loss_aggregation, len(rows), num_tokens)
 
-    def micro_batches(self, record: StepRecord, rows: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
-        """Yields these rows in micro-batches, and whether they have a gradient; those without come last."""
+    def micro_batches(self, record: StepRecord, rows: Sequence[int]) -> Iterator[tuple[list[int], bool, bool]]:
+        """Yields this process' micro-batches of these rows, whether they have a gradient, and whether they count.
+
+        Those without a gradient come last. Those that do not count only keep pace with other processes.
+        """
         samples = record.rollout.samples
         silent = set() if self.args.needs_reference else {row for row in rows if record.advantages[row] == 0}
         for chosen in ([row for row in rows if row not in silent], sorted(silent)):
             lengths = [len(samples[row].prompt.token_ids) + len(samples[row].token_ids) for row in chosen]
-            for group in split_by_tokens(lengths, max_tokens(self.parts, self.args)):
-                yield [chosen[i] for i in group], chosen[0] not in silent
+            groups = split_by_tokens(lengths, max_tokens(self.parts, self.args))
+            for group, counts in self.parts.processes.dealt(groups):
+                yield [chosen[i] for i in group], chosen[0] not in silent, counts
 
     def loss(self, record: StepRecord, rows: list[int], denominator: int) -> BatchLoss:
         """Returns the loss of a micro-batch and what it shows."""

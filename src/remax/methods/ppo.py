@@ -20,7 +20,6 @@ from remax.components import Components, Rewards
 from remax.config import ReMaxConfig
 from remax.errors import GuardStop
 from remax.guards.finite import NotFinite, Skipped
-from remax.guards.memory import MidStepStop
 from remax.interfaces import Completion, Prompt, Rollout
 from remax.learner import Learner
 from remax.methods.within_memory import OnSkip, ignore, max_tokens, within_memory
@@ -102,15 +101,18 @@ class PPO:
 
     def _learn(self, record: StepRecord, rows: Sequence[int]) -> None:
         """Takes the step's updates on these samples."""
-        experience = within_memory(self.parts, self.args, record, rows, lambda: self.experience(record, rows))
+        parts = self.parts
+        experience = within_memory(parts, self.args, record, rows, lambda: self.experience(record, rows))
         record.advantages[rows] = experience.advantages[:, 0].cpu()
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.num_steps)
         updates: list[tuple[float, ...]] = []
         for epoch in range(self.args.num_ppo_epochs):
             order = torch.randperm(len(rows), generator=generator)
             for part in order.tensor_split(min(self.args.num_mini_batches, len(rows))):
-                update = Update(experience, part.tolist(), record, rows, epoch=epoch, number=len(updates))
-                updates.append(self._take(update))
+                if record.stop is None:
+                    update = Update(experience, part.tolist(), record, rows, epoch=epoch, number=len(updates))
+                    updates.append(self._take(update))
+        record.share(parts.processes)
         record.grad_norm, *measured = (sum(column) / len(updates) for column in zip(*updates, strict=True))
         record.metrics |= dict(zip(("policy/clip_fraction", "value/loss", "value/grad_norm"), measured, strict=True))
         record.metrics["value/explained_variance"] = _explained_variance(experience)
@@ -126,15 +128,13 @@ class PPO:
         shape = (len(samples), max(len(c.token_ids) for c in samples))
         mask = torch.zeros(shape, dtype=torch.bool, device=device)
         old, ref, values = torch.zeros((3, *shape), device=device).unbind()
-        for group, batch in self._batches(samples):
-            width = batch.completion_mask.shape[1]
-            mask[group, :width] = batch.completion_mask
-            drawn = torch.tensor([logprob for i in group for logprob in samples[i].logprobs], device=device)
-            old[group, :width] = batch.scatter(drawn)
-            with parts.accelerator.autocast():
-                values[group, :width] = self.critic.network(batch)
-            ref_logprobs = record.ref_logprobs_of([rows[i] for i in group], batch)
-            ref[group, :width] = old[group, :width] if ref_logprobs is None else ref_logprobs
+        for row, own in enumerate(self._values(samples)):
+            mask[row, : len(own)] = True
+            values[row, : len(own)] = own
+            old[row, : len(own)] = torch.tensor(samples[row].logprobs, device=device)
+            ref[row] = old[row]
+            if record.ref_logprobs is not None:
+                ref[row, : len(own)] = record.ref_logprobs[rows[row]]
         log_ratios = old - ref
         rewards = record.advantages[list(rows)].to(device)
         token_rewards = estimators.token_rewards(rewards, log_ratios, mask, beta=self.beta)
@@ -144,14 +144,26 @@ class PPO:
             advantages = estimators.whiten(advantages, mask)
         return Experience(samples, mask, old, log_ratios, values, returns, advantages)
 
+    def _values(self, samples: Sequence[Completion]) -> list[Tensor]:
+        """Returns V(x, y_<t) at the tokens of every sample, [T] each."""
+        values: dict[int, Tensor] = {}
+        for group, batch, counts in self._batches(samples):
+            with self.parts.accelerator.autocast():
+                padded = self.critic.network(batch)
+            if counts:
+                values |= {row: own[: len(samples[row].token_ids)] for row, own in zip(group, padded, strict=True)}
+        values = self.parts.processes.gather_tensors(values, self.parts.accelerator.device)
+        return [values[row] for row in range(len(samples))]
+
     def _take(self, update: Update) -> tuple[float, float, float, float]:
         """Updates policy and value model on some of the samples.
 
         Returns:
             The policy's gradient norm, the fraction of its tokens outside the clip range, the value loss and its
-            gradient norm; a norm is NaN if that update was skipped.
+            gradient norm; NaN if that update was skipped.
         """
-        experience, rows = update.experience, update.rows
+        experience, rows, record = update.experience, update.rows, update.record
+        processes = self.parts.processes
         num_tokens = int(experience.mask[rows].sum())
         num_clipped = 0
         own_value_losses: list[Tensor] = []
@@ -163,19 +175,31 @@ class PPO:
                 num_clipped += outside
                 yield loss
 
+        def num_losses() -> int:
+            return sum(1 for _ in self._dealt([experience.samples[row] for row in rows]))
+
         def value_losses() -> Iterator[Tensor]:
             own_value_losses.clear()
             for loss in self._value_losses(experience, rows):
                 own_value_losses.append(loss.detach())
                 yield loss
 
-        policy_norm = self._guarded("policy", update, lambda: self.policy.update(policy_losses()))
-        value_norm = self._guarded("value", update, lambda: self.critic.update(value_losses()))
-        value_loss = sum(loss.item() for loss in own_value_losses)  # Read only now: a GPU would be waited for.
-        return policy_norm, num_clipped / num_tokens, value_loss, value_norm
+        policy_norm = self._guarded("policy", update, lambda: self.policy.update(policy_losses(), num_losses()))
+        clip_fraction = value_norm = value_loss = math.nan
+        if record.stop is None:
+            clip_fraction = processes.sum(num_clipped) / num_tokens
+            value_norm = self._guarded("value", update, lambda: self.critic.update(value_losses(), num_losses()))
+        if record.stop is None:  # Read only now: a GPU would be waited for.
+            value_loss = processes.sum(sum(loss.item() for loss in own_value_losses))
+        return policy_norm, clip_fraction, value_loss, value_norm
 
     def _guarded(self, network: str, update: Update, take: Callable[[], float]) -> float:
-        """Returns what an update of one of the networks returns; NaN if it had to be skipped."""
+        """Returns what an update of one of the networks returns; NaN if it had to be skipped.
+
+        Raises:
+            GuardStop: memory does not suffice for the step's first update. In a later one, when weights have moved
+                already, the step ends there instead, so that its state can be saved.
+        """
         record, rows = update.record, update.rows_of_record
         try:
             return within_memory(self.parts, self.args, record, rows, take)
@@ -187,7 +211,8 @@ class PPO:
         except GuardStop as stop:
             if update.number == 0 and network == "policy":
                 raise
-            raise MidStepStop(str(stop)) from None
+            record.stop = stop
+            return math.nan
 
     def losses(self, record: StepRecord, rows: Sequence[int]) -> Iterator[Tensor]:
         """Yields the policy's loss of a first pass over these rows as one mini-batch, and records what it shows."""
@@ -202,8 +227,11 @@ class PPO:
         """
         experience, rows = update.experience, update.rows
         num_tokens = int(experience.mask[rows].sum())
-        for group, batch, own in self.micro_batches(experience, rows):
+        for group, batch, own, counts in self.micro_batches(experience, rows):
             result, outside = self.policy_loss(own, batch, len(rows), num_tokens)
+            if not counts:
+                yield result.loss * 0, 0
+                continue
             if update.epoch == 0:
                 share = len(rows) / len(experience.samples)
                 own_part = result._replace(loss=result.loss.detach() * share)
@@ -213,8 +241,9 @@ class PPO:
     def _value_losses(self, experience: Experience, rows: Sequence[int]) -> Iterator[Tensor]:
         """Yields the value model's loss of each micro-batch."""
         num_tokens = int(experience.mask[rows].sum())
-        for _, batch, own in self.micro_batches(experience, rows):
-            yield self.value_loss(own, batch, num_tokens)[0]
+        for _, batch, own, counts in self.micro_batches(experience, rows):
+            loss = self.value_loss(own, batch, num_tokens)[0]
+            yield loss if counts else loss * 0
 
     def value_loss(self, own: Experience, batch: Batch, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Returns the value model's loss of a micro-batch and the values, [B, T] detached."""
@@ -246,17 +275,24 @@ class PPO:
 
     def micro_batches(
         self, experience: Experience, rows: Sequence[int]
-    ) -> Iterator[tuple[list[int], Batch, Experience]]:
-        """Yields positions in rows, their batch, and what is known of them."""
-        for group, batch in self._batches([experience.samples[row] for row in rows]):
-            yield group, batch, experience.part([rows[i] for i in group], batch.completion_mask.shape[1])
+    ) -> Iterator[tuple[list[int], Batch, Experience, bool]]:
+        """Yields positions in rows, their batch, what is known of them, and whether they count.
 
-    def _batches(self, samples: Sequence[Completion]) -> Iterator[tuple[list[int], Batch]]:
-        """Yields the samples in micro-batches, with their positions."""
-        lengths = [len(c.prompt.token_ids) + len(c.token_ids) for c in samples]
-        for group in split_by_tokens(lengths, max_tokens(self.parts, self.args)):
+        They are this process'; those that do not count only keep pace with other processes.
+        """
+        for group, batch, counts in self._batches([experience.samples[row] for row in rows]):
+            own = experience.part([rows[i] for i in group], batch.completion_mask.shape[1])
+            yield group, batch, own, counts
+
+    def _batches(self, samples: Sequence[Completion]) -> Iterator[tuple[list[int], Batch, bool]]:
+        """Yields this process' micro-batches of the samples, with their positions, and whether they count."""
+        for group, counts in self._dealt(samples):
             chosen = [samples[i] for i in group]
-            yield group, collate(chosen, self.parts.tokenizer.pad_token_id, self.parts.accelerator.device)
+            yield group, collate(chosen, self.parts.tokenizer.pad_token_id, self.parts.accelerator.device), counts
+
+    def _dealt(self, samples: Sequence[Completion]) -> list[tuple[list[int], bool]]:
+        lengths = [len(c.prompt.token_ids) + len(c.token_ids) for c in samples]
+        return self.parts.processes.dealt(split_by_tokens(lengths, max_tokens(self.parts, self.args)))
 
     def _adapt_beta(self, experience: Experience) -> None:
         """Moves beta so that the KL approaches --target_kl (Ziegler et al., arXiv 1909.08593, section 2.2)."""

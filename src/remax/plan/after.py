@@ -41,6 +41,8 @@ def describe_peaks(
     if not phase:
         return "Peak memory: nothing was measured."
     line = f"Peak memory: measured {_size(measured[phase])} ({phase})"
+    if parts.processes.num > 1:
+        return f"{line}, in the first of {parts.processes.num} processes."  # What each has of the work was not planned.
     try:
         predicted = predict_peaks(parts, args, base_bytes=base_bytes, value_model=value_model)
         top = largest(predicted)

@@ -56,7 +56,9 @@ def score(functions: Sequence[RewardFunction], weights: Sequence[float], complet
     Raises:
         UserError: a function cannot be used.
     """
-    columns = [function(completions) for function in functions]
+    # A learned reward is asked about nothing, too: where it is sharded, all processes have to go through it.
+    asked = [function for function in functions if completions or not isinstance(function, ProgrammedReward)]
+    columns = [function(completions) if function in asked else [] for function in functions]
     total = [_total(values, weights) for values in zip(*columns, strict=True)] or [math.nan] * len(completions)
     names = unique_names(functions)
     by_function = {name: [_finite(value) for value in values] for name, values in zip(names, columns, strict=True)}

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ class RewardModel:
         self.placed = Placed(model, device, placement)
         self.own = own
         self.bf16 = False
+        self.num_passes: Callable[[int], int] = lambda number: number
+        """From the batches that there are to the passes that are taken: a sharded model is gathered by all processes
+        together, so each of them has to pass through it as often as the others."""
         config = model.config.get_text_config()
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.num_overlong = 0
@@ -79,9 +82,11 @@ class RewardModel:
         fitting = [ids for ids in rewards if ids and (self.max_length is None or len(ids) <= self.max_length)]
         fitting.sort(key=len)
         with self.placed.on_device():
-            for start in range(0, len(fitting), self.batch_size):
-                batch = fitting[start : start + self.batch_size]
+            batches = [fitting[start : start + self.batch_size] for start in range(0, len(fitting), self.batch_size)]
+            for batch in batches:
                 rewards.update(zip(batch, self._score_batch(batch).tolist(), strict=True))
+            for _ in range(len(batches), self.num_passes(len(batches))):
+                self._score_batch([(self.pad_token_id,)])
         self.model.train(was_training)
         self._count_overlong(len(rewards) - len(fitting))
         return [rewards[tuple(ids)] for ids in inputs]

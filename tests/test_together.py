@@ -1,0 +1,98 @@
+"""Several processes on one step: the same as one process, whatever each of them has to do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import together
+
+FOLDER = Path(__file__).parent
+STEPS = [f"{kind}: {name}" for kind in ("ddp", "fsdp2") for name in together.SETTINGS]
+TRAINED = ("remax", "ppo", "lora")
+BEGUN = [f"{kind}: {name} to 2 in {kind}_{name}" for kind in ("ddp", "fsdp2") for name in TRAINED]
+CONTINUED = [f"fsdp2: {name} to 4 in alone_{name}" for name in TRAINED]
+TOLERANCE = 1e-5
+
+
+def torchrun(*arguments: str, num_processes: int = 2, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have done everything, after one alone had begun what they go on with."""
+    folder = tmp_path_factory.mktemp("together")
+    for name in TRAINED:
+        together.run(folder, f"alone: {name} to 2 in alone_{name}")
+    done = torchrun("together.py", str(folder), *STEPS, *BEGUN, *CONTINUED, cwd=FOLDER)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    """What two processes gave, by case."""
+    both = torch.load(folder / "results.pt", weights_only=False)
+    assert both["num_processes"] == 2
+    return both["results"]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    """What one process gives, by name."""
+    return {name: together.run(folder, f"alone: {name}") for name in together.SETTINGS}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_of_two_processes_is_that_of_one(results: dict[str, Any], alone: dict[str, Any], case: str) -> None:
+    two, one = results[case], alone[case.partition(": ")[2]]
+    assert two["texts"] == one["texts"]
+    for ours, theirs in zip(two["gradients"], one["gradients"], strict=True):
+        assert (ours - theirs).norm() <= TOLERANCE * theirs.norm()
+    for ours, theirs in zip(two["weights"], one["weights"], strict=True):
+        assert (ours - theirs).norm() <= TOLERANCE * theirs.norm()
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-6)
+
+
+def test_cases_are_what_they_are_named_for(alone: dict[str, Any]) -> None:
+    silent = {name: one["metrics"]["gradient/zero_signal_fraction"] for name, one in alone.items()}
+    assert 0 < silent["few signals"] < 1
+    assert silent["no signal"] == 1
+    assert alone["logging"]["metrics"]["rewards/logging_reward/mean"] != pytest.approx(0)
+    assert set(alone["logging"]["texts"][1]) == {"first"}
+    assert alone["clipped"]["metrics"]["grad_norm"] > 10 * together.SETTINGS["clipped"]["max_grad_norm"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_goes_on_with_another_number_of_processes(folder: Path, results: dict[str, Any], name: str) -> None:
+    whole = together.run(folder, f"alone: {name} to 4 in whole_{name}")["weights"]
+    others = {f"from one to two, {name}": results[f"fsdp2: {name} to 4 in alone_{name}"]["weights"]}
+    for kind in ("ddp", "fsdp2"):
+        begun = folder / f"{kind}_{name}"
+        in_parts = sorted((begun / "checkpoints" / "step-000002" / "shards").glob("*.safetensors"))
+        assert len(in_parts) == (2 if kind == "fsdp2" else 0)
+        others[f"from two to one, {kind}"] = together.run(folder, f"alone: {name} to 4 in {kind}_{name}")["weights"]
+    for how, weights in others.items():
+        for ours, theirs in zip(weights, whole, strict=True):
+            assert (ours - theirs).norm() <= TOLERANCE * theirs.norm(), how
+    assert len((folder / f"fsdp2_{name}" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_sharded_weights_are_exported_to_one_folder(folder: Path, results: dict[str, Any], name: str) -> None:
+    from safetensors.torch import load_file
+
+    exported = load_file(folder / f"alone_{name}" / "model" / "model.safetensors")
+    expected = load_file(folder / f"whole_{name}" / "model" / "model.safetensors")
+    assert exported.keys() == expected.keys()
+    for key, tensor in exported.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6)
