@@ -28,10 +28,10 @@ class PlanInputs(Options):
     """Memory of one card, as its maker names it: 80GB, 40960MB (GB: 2^30 bytes). By default that of this machine's GPU,
     and without one what is free of its main memory."""
     num_devices: int = 1
-    """How many of them. `remax train` itself runs on one; a step's prompts are shared out evenly."""
+    """How many of them; they share out a step's prompts evenly."""
     sharding: Sharding = "none"
-    """What several devices split: nothing (ddp), gradients and optimiser (zero2), and the weights of all models too
-    (zero3, fsdp2)."""
+    """What several devices split, by the names of --accelerate_config: nothing (ddp), gradients and optimiser (zero2),
+    and the weights of all models too (zero3, fsdp2)."""
 
     def _check(self) -> None:
         self._require(self.num_devices > 0, "num_devices", "there is nothing to train on", "1 or more")

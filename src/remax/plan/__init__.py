@@ -3,6 +3,7 @@
 networks.py   networks in numbers, from configs alone or from models
 formulas.py   bytes of weights, states, caches and activations
 sharding.py   what one of several devices holds
+network.py    what they send each other
 phases.py     the peak of every phase
 device.py     the memory of a machine
 proposals.py  the cheapest change that fits

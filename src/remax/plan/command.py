@@ -9,6 +9,7 @@ from typing import Any
 from remax.config import PlanConfig, PlanInputs, ReMaxConfig
 from remax.errors import UserError
 from remax.plan.device import Memory, memory_of
+from remax.plan.network import Transfer, transfers
 from remax.plan.networks import Network, measure_networks, networks_of_configs, read_config
 from remax.plan.phases import Peak, Workload, as_record, largest, predict
 from remax.plan.proposals import Proposal, cheapest, levers, single_changes, with_method
@@ -30,6 +31,8 @@ class Plan:
     peaks: dict[str, Peak]
     methods: dict[str, Peak]
     """The largest peak of the same run with ReMax and with PPO."""
+    network: list[Transfer]
+    """What a step moves between the devices."""
     single: list[Proposal]
     proposal: Proposal | None
     ratios: list[Ratio]
@@ -51,6 +54,7 @@ class Plan:
             "peak": largest(self.peaks).total,
             "fits": self.fits,
             "methods": {name: peak.total for name, peak in self.methods.items()},
+            "network": [transfer.record() for transfer in self.network],
             "single_changes": [_proposal_record(own) for own in self.single],
             "proposal": None if self.proposal is None else _proposal_record(self.proposal),
             "ratios": [
@@ -130,6 +134,7 @@ def make_plan(inputs: PlanInputs, args: ReMaxConfig) -> Plan:
         parameters={name: network.counts.parameters for name, network in networks(args).items()},
         peaks=peaks,
         methods={name: largest(peaks_of(own)) for name, own in others.items() if own is not None},
+        network=transfers(networks(args), args, work, split),
         single=single,
         proposal=proposal,
         ratios=ratios(args, work, split),

@@ -167,7 +167,7 @@ def _rollout(network: Network, args: ReMaxConfig, work: Workload, split: Split, 
         prompts = min(prompts, max(1, args.rollout_batch_size // rows_of_prompt))
     rows = prompts * rows_of_prompt
     copies = formulas.decoding_weights(network, work.completion_length, seen, on_gpu=on_gpu)
-    always = copies + split.gathered(network, args)
+    always = copies + split.whole(network, args)
     cache = formulas.kv_cache(w, rows, work.length, seen)
     prompt_cache = formulas.kv_cache(w, prompts, work.length, seen)
     # The cache is copied layer by layer from one row per prompt to all; and keys and values are repeated for heads.

@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from remax.plan.command import Plan
+from remax.plan.network import received
 from remax.plan.phases import largest
 from remax.plan.proposals import Proposal
 from remax.untrusted import printable
@@ -20,7 +21,8 @@ def gib(size: float) -> str:
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Prints the peak of every phase, whether it fits, what would, and both methods side by side."""
+    """Prints the peak of every phase, whether it fits, what would, the network's part, and both methods side by
+    side."""
     console = console or Console(width=max(Console().width, WIDTH))
     for line in _heading(plan):
         console.print(Text(printable(line)))
@@ -30,6 +32,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(Text(line))
     if plan.single:
         _print_table(console, "Each change alone, at its most, the cheapest first", _changes(plan.single))
+    if plan.network:
+        title = f"Network per step, GiB: each device receives {gib(received(plan.network))}, and sends as much"
+        _print_table(console, title, _network(plan))
     if plan.ratios:
         title = "ReMax and PPO by size: this step with Llama-like models, all networks of one size, on GPUs, GiB"
         _print_table(console, title, _ratios(plan))
@@ -52,8 +57,8 @@ def _heading(plan: Plan) -> list[str]:
     ]
     if inputs.num_devices > 1:
         lines.append(
-            f"--sharding {inputs.sharding} over {inputs.num_devices} devices is what DeepSpeed or FSDP2 would hold; "
-            "`remax train` itself runs on one."
+            f"All {inputs.num_devices} devices together take the {plan.args.batch_size} prompts of --batch_size; what "
+            f"they split is that of `--accelerate_config {inputs.sharding}`."
         )
     return lines
 
@@ -103,6 +108,18 @@ def _changes(proposals: list[Proposal]) -> Table:
     table.add_column("price")
     for own in proposals:
         table.add_row(own.flags, gib(own.peak.total), "yes" if own.fits else "no", own.price)
+    return table
+
+
+def _network(plan: Plan) -> Table:
+    table = _table()
+    for column in ("phase", "what", "how"):
+        table.add_column(column)
+    for column in ("whole", "times", "received"):
+        table.add_column(column, justify="right")
+    for own in plan.network:
+        size, moved = (gib(value) if value >= GIB / 100 else "<0.01" for value in (own.size, own.received))
+        table.add_row(own.phase, own.what, own.collective, size, str(own.times), moved)
     return table
 
 

@@ -27,7 +27,7 @@ class Split:
     def weights(self, name: str, own: Counts, args: ReMaxConfig) -> int:
         """Returns the bytes of a network's weights on one device, between the passes."""
         whole = formulas.weight_bytes(name, own, args)
-        if self.sharding in ("zero3", "fsdp2"):
+        if self.splits_weights:
             return whole // self.devices
         return 2 * own.parameters if self._has_working_copy(own, args) else whole
 
@@ -49,16 +49,37 @@ class Split:
 
         The embedding or head, where that is larger.
         """
-        if self.sharding not in ("zero3", "fsdp2"):
+        if not self.splits_weights:
             return []
         own, size = network.counts, 2 if formulas.is_half(args) else 4
         layer = own.linear // max(1, network.widths.layers)
         return [Block(1, size * max(2 * layer, own.head, own.embedding))]
 
+    def whole(self, network: Network, args: ReMaxConfig) -> list[Block]:
+        """Returns the whole weights that every device has for the time of a rollout, where it holds a part otherwise.
+
+        Linear layers in the type of the passes; the rest, and a head that is the embedding, in that of the parts.
+        """
+        if not self.splits_weights:
+            return []
+        own, size = network.counts, 2 if formulas.is_half(args) else 4
+        has_own_head = own.parameters - own.linear >= own.embedding + own.head
+        linear = own.linear + own.head * has_own_head
+        return [Block(1, size * linear + formulas.weight_size(args) * (own.parameters - linear))]
+
+    def held_size(self, args: ReMaxConfig) -> int:
+        """Returns the bytes of a weight of which every device holds some: those of a copy in bfloat16 with ZeRO-3."""
+        return 2 if self.sharding == "zero3" and formulas.casts_weights(args) else formulas.weight_size(args)
+
     def passes(self, args: ReMaxConfig) -> ReMaxConfig:
         """Returns the settings as activations see them: with a working copy in bfloat16 there is nothing to cast."""
         splits = self.sharding not in ("none", "ddp")
         return replace(args, dtype="bfloat16", bf16=False) if splits and formulas.casts_weights(args) else args
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether a device holds only a part of each weight."""
+        return self.sharding in ("zero3", "fsdp2")
 
     @property
     def _parts(self) -> int:
