@@ -41,6 +41,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports public names when they are first used: `remax --help` must not wait for torch."""
+    if name == "__version__":
+        from remax.versions import own_version
+
+        return own_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'remax' has no attribute {name!r}")
     from importlib import import_module

@@ -43,9 +43,9 @@ def parse(
     hints: dict[str, Any] = {}
     for cls in settings:
         cls_hints = get_type_hints(cls)
-        for group, group_fields in _grouped(cls).items():
+        for group, group_fields in grouped(cls).items():
             section = parser.add_argument_group((group.__doc__ or "").rstrip("."))
-            docs = _docs(group)
+            docs = docs_of(group)
             for field in group_fields:
                 hints[field.name] = cls_hints[field.name]
                 section.add_argument(
@@ -62,14 +62,14 @@ def parse(
 
 
 @functools.cache
-def _docs(group: type) -> dict[str, str | None]:
+def docs_of(group: type) -> dict[str, str | None]:
     """Returns the string beneath every field of a group."""
     import docstring_parser
 
     return {p.arg_name: p.description for p in docstring_parser.parse_from_object(group).params}
 
 
-def _grouped(cls: type[Options]) -> "dict[type, list[Field[Any]]]":
+def grouped(cls: type[Options]) -> "dict[type, list[Field[Any]]]":
     """Returns the fields by the group that introduces them: a class that only changes a default is no group."""
     groups: dict[type, list[Field[Any]]] = {group: [] for group in cls.__mro__}
     for field in fields(cls):  # type: ignore[arg-type]

@@ -180,9 +180,10 @@ def _lengths(completions: list[Completion]) -> Tensor:
 
 def completion_records(record: StepRecord, step: int) -> list[dict[str, Any]]:
     """Returns one record per sample for completions.jsonl: texts sampled and greedy, rewards, advantage."""
-    greedy_texts = {greedy.prompt.index: greedy.text for greedy in record.rollout.greedy}
+    greedy = {completion.prompt.index: completion for completion in record.rollout.greedy}
     records = []
     for row, sample in enumerate(record.rollout.samples):
+        own_greedy = greedy.get(sample.prompt.index)
         records.append(
             {
                 **{name: values[row] for name, values in record.rewards.columns.items()},
@@ -191,7 +192,8 @@ def completion_records(record: StepRecord, step: int) -> list[dict[str, Any]]:
                 "sample_index": sample.sample_index,
                 "prompt": sample.prompt.content,
                 "completion": sample.text,
-                "greedy_completion": greedy_texts.get(sample.prompt.index),
+                "greedy_completion": own_greedy and own_greedy.text,
+                "greedy_truncated": own_greedy and own_greedy.truncated,
                 "reward": record.rewards.sampled[row].item(),
                 "greedy_reward": record.credit.greedy[row].item(),
                 "advantage": record.advantages[row].item(),
