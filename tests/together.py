@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from datasets import Dataset
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from remax import processes
 from remax.metrics import step_metrics
 from remax.sharding import whole
-from toy_training import PROMPTS, calm_policy, lively, make_trainer
+from toy_tokenizers import PAD, toy_tokenizer
+from toy_training import PROMPTS, calm_policy, lively, make_trainer, policy
 
 ROWS = [{"prompt": prompt, "ids": row} for row, prompt in enumerate(PROMPTS)]
 
@@ -53,6 +56,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "few signals in small parts": {"beta": 0.0, "reward": uneven, "micro_batch_tokens": 1},
     "no signal": {"beta": 0.0, "reward": alike},
     "logging": {"beta": 0.1, "reward": [logging_reward, lively], "rows": ROWS},
+    "reward model": {"beta": 0.1, "reward": "reward_model", "reward_batch_size": 3},
+    "bf16": {"beta": 0.2, "bf16": True},
     "two prompts": {"beta": 0.1, "batch_size": 2, "num_generations": 3, "method": "rloo"},
 }
 
@@ -69,6 +74,22 @@ class Sharding(Accelerator):
             reshard_after_forward=True,
             cpu_ram_efficient_loading=False,
         )
+        if self.mixed_precision != "no":
+            self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
+
+
+def save_reward_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{name: getattr(policy().config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")},
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=PAD,
+        initializer_range=0.3,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    toy_tokenizer("<s> $A", bos_token="<s>").save_pretrained(folder)
 
 
 def one_step(folder: Path, reward: Any = lively, **settings: Any) -> dict[str, Any]:
@@ -112,6 +133,7 @@ def trained(folder: Path, max_steps: int, **settings: Any) -> dict[str, Any]:
         save_steps=2,
         resume="auto",
         allow_config_change=True,
+        eval_dataset=Dataset.from_list([{"prompt": "tea"}]),  # fewer prompts than processes
         **{"batch_size": 4, "learning_rate": 1e-3, **settings},
     )
     trainer.train()
@@ -132,7 +154,10 @@ def run(folder: Path, case: str) -> dict[str, Any]:
     if training:
         step, _, where = training.partition(" in ")
         return trained(folder / where, int(step), **SETTINGS[name])
-    return one_step(folder / kind / name.replace(" ", "_"), **SETTINGS[name])
+    settings = dict(SETTINGS[name])
+    if isinstance(settings.get("reward"), str):
+        settings["reward"] = str(folder / settings["reward"])
+    return one_step(folder / kind / name.replace(" ", "_"), **settings)
 
 
 if __name__ == "__main__":

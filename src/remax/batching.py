@@ -58,12 +58,15 @@ def collate(completions: Sequence[Completion], pad_token_id: int, device: torch.
     return Batch(*(tensor.to(device) for tensor in vars(batch).values()))
 
 
-def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def split_by_tokens(lengths: Sequence[int], max_tokens: int, num_parts: int = 1) -> list[list[int]]:
     """Returns the row numbers grouped so that a group padded to its longest row has at most max_tokens tokens.
 
     Rows of similar length share a group, which keeps padding small; a single row longer than max_tokens is a group of
-    its own. The longest group comes first, so that a run that does not fit in memory fails at once.
+    its own. The longest group comes first, so that a run that does not fit in memory fails at once. num_parts: how many
+    share the groups, which then are small enough that all of them find work, unless a few rows are most of it.
     """
+    if num_parts > 1 and lengths:
+        max_tokens = min(max_tokens, max(max(lengths), sum(lengths) // num_parts))
     groups: list[list[int]] = []
     width = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):

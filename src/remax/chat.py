@@ -6,9 +6,9 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from remax import data, models
-from remax.assembly import load_policy
 from remax.config import ChatConfig, ModelOptions
 from remax.errors import UserError
+from remax.loading import load_policy
 from remax.processes import make_accelerator
 from remax.untrusted import printable, shown
 

@@ -14,10 +14,11 @@ from rich.text import Text
 from torch import Tensor
 
 from remax import data, models
-from remax.assembly import assemble_evaluation, load_rewards
+from remax.assembly import assemble_evaluation
 from remax.components import Components, Rewards
 from remax.config import EvaluateConfig, EvaluateInputs
 from remax.interfaces import Completion, Prompt, RewardFunction, Rollout, Sampling
+from remax.loading import load_rewards
 from remax.logprobs import CompletionScorer
 from remax.metrics import Credit, StepRecord, completion_records
 from remax.recording import RunFolder

@@ -18,6 +18,9 @@ from remax.guards.finite import NotFinite
 from remax.guards.memory import is_out_of_memory
 from remax.head import gradients_in_place
 from remax.optimisers import make_optimizer
+from remax.sharding import release
+from remax.zero import configure, stage_of
+from remax.zero import update as update_by_zero
 
 
 class Learner:
@@ -42,6 +45,8 @@ class Learner:
         self.accelerator = accelerator
         self.network: Any
         self.optimizer: Any
+        if stage_of(accelerator):
+            configure(accelerator, args.max_grad_norm)
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.module = accelerator.unwrap_model(self.network)
         """The network without what Accelerate put around it; sharded, its weights are others now."""
@@ -66,6 +71,8 @@ class Learner:
 
         Whatever is raised, no gradient is left over: the same update can be taken again.
         """
+        if stage_of(self.accelerator):
+            return update_by_zero(self.network, losses, num_losses, self.accelerator)
         num_processes = self.accelerator.num_processes
         try:
             total = torch.zeros((), device=self.accelerator.device)
@@ -84,6 +91,7 @@ class Learner:
             loss_is_finite = math.isfinite(float(self.accelerator.reduce(total, "sum")))
             if not (loss_is_finite and math.isfinite(norm)):
                 raise NotFinite("gradient" if loss_is_finite else "loss")
+            release(self.module)
             self._step()
         finally:
             self.optimizer.zero_grad()

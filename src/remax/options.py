@@ -40,6 +40,8 @@ FOREIGN_NAMES = {
     "reward_model_path": "reward_model",
     "model_name_or_path": "model",
     "dataset_name": "train_dataset",
+    "accelerate_config": "for remax train, the only command that works in several processes",
+    "num_processes": "for remax train, the only command that works in several processes",
 }
 """Settings of TRL and other libraries, and what they are called here."""
 LARGEST_WHOLE_NUMBER = 2**63 - 1

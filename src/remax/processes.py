@@ -15,6 +15,7 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from remax.errors import GuardStop, UserError
+from remax.zero import load_whole
 
 T = TypeVar("T")
 
@@ -63,7 +64,8 @@ class Processes:
         """Returns the tensors of all processes by their numbers, on this process' device."""
         if self.num == 1:
             return dict(own)
-        parts = self.gather({number: tensor.cpu() for number, tensor in own.items()})
+        # Cloned: a view would be sent with all that it is a part of.
+        parts = self.gather({number: tensor.cpu().clone() for number, tensor in own.items()})
         return {number: tensor.to(device) for part in parts for number, tensor in part.items()}
 
     def sum(self, own: float) -> float:
@@ -127,7 +129,11 @@ def join_processes() -> Processes:
     """Returns this process among those that its launcher started, having waited for the others."""
     # By itself Accelerate takes every process that has no GPU for a lone one.
     device = torch.accelerator.current_accelerator(check_available=True)
-    state = PartialState(cpu=_num_started() > 1 and (device is None or device.type == "mps"))
+    on_cpu = _num_started() > 1 and (device is None or device.type == "mps")
+    if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        state = PartialState(backend="gloo")  # With cpu=True it would leave DeepSpeed out.
+    else:
+        state = PartialState(cpu=on_cpu)
     return Processes(state.process_index, state.num_processes)
 
 
@@ -165,6 +171,7 @@ def make_accelerator(
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no", log_with=trackers or None, project_dir=output_dir
     )
+    load_whole(accelerator)
     if _num_started() > processes.num:
         raise UserError(
             f"{_num_started()} processes were started: this command works in one, and the others would "

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ LEFT_BY_A_RUN = (
     "dumps",
     "tensorboard",
     "runs",
+    "trackers.json",
+    "wandb",
     "checkpoints",
 )
 """What is deleted where a run begins again; last what tells that one did."""
@@ -173,26 +174,6 @@ class RunFolder:
         for name in LINES:
             if (self.path / name).exists():
                 os.truncate(self.path / name, lengths.get(name, 0))
-
-
-def model_card(*, base_model: str, title: str, lines: Iterable[str], task: str = "text-generation") -> str:
-    """Returns the README.md that the Hugging Face hub shows for a model."""
-    front = {"library_name": "transformers", "tags": ["remax"], "pipeline_tag": task}
-    if not Path(base_model).exists() and "/" in base_model:
-        front["base_model"] = base_model
-    versions = ", ".join(f"{name} {version(name)}" for name in ("remax-rlhf", "transformers", "torch", "trl"))
-    body = [
-        "---",
-        yaml.safe_dump(front).strip(),
-        "---",
-        f"# {title}",
-        "",
-        *lines,
-        "",
-        f"Made with {versions}. The exact settings are in `config.yaml` of the run.",
-        "",
-    ]
-    return "\n".join(body)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

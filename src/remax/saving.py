@@ -39,7 +39,9 @@ def save_model(
     """
     with quiet():
         merged = _whole_copy(model, tokenizer, eos_token_ids)
-    adapter = {name: whole(p) for name, p in model.state_dict().items()} if isinstance(model, PeftModel) else {}
+    adapter = {}
+    if isinstance(model, PeftModel):
+        adapter = {name: whole(p) for name, p in model.state_dict(keep_vars=True).items()}
 
     def fill(partial: Path) -> None:
         with quiet():
@@ -100,10 +102,11 @@ def merged_weights(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     wrappers = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
     prefixes = tuple(f"{name}." for name in wrappers)
-    yield from ((name, whole(t)) for name, t in base.state_dict().items() if not name.startswith(prefixes))
+    own = base.state_dict(keep_vars=True).items()
+    yield from ((name, whole(t)) for name, t in own if not name.startswith(prefixes))
     for name, wrapper in wrappers.items():
         if isinstance(wrapper, BaseTunerLayer):
-            memo = {id(p): nn.Parameter(whole(p.detach()).clone(), p.requires_grad) for p in wrapper.parameters()}
+            memo = {id(p): nn.Parameter(whole(p).clone(), p.requires_grad) for p in wrapper.parameters()}
             merged = copy.deepcopy(wrapper, memo)
             merged.merge()
             layer = merged.get_base_layer()

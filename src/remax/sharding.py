@@ -1,41 +1,62 @@
-"""Weights that several processes hold in parts (FSDP2): all of them, where something needs whole tensors."""
+"""Weights that several processes hold in parts (FSDP2, ZeRO-3): all of them, where something needs whole tensors."""
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from remax.zero import gathered, is_divided, stage_of
 
 
 def shards_weights(accelerator: Accelerator) -> bool:
     """Whether the launcher's settings leave each process with parts of the weights only."""
-    return bool(accelerator.distributed_type == DistributedType.FSDP)
+    return bool(accelerator.distributed_type == DistributedType.FSDP) or stage_of(accelerator) == 3
 
 
 def shard_frozen(model: nn.Module, accelerator: Accelerator) -> None:
-    """Leaves each process with a part of a model that is not trained, in place; it is gathered layer by layer."""
-    fsdp2_prepare_model(accelerator, model)
+    """Leaves each process with a part of a model that is not trained, in place; it is gathered layer by layer.
+
+    DeepSpeed divides only what it trains: there each process gets all of it.
+    """
+    if stage_of(accelerator):
+        model.to(accelerator.device)
+    else:
+        fsdp2_prepare_model(accelerator, model)
+
+
+def release(module: nn.Module) -> None:
+    """Gives back whole weights that passes have left, for which the next pass would take them, however old."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether this process holds only parts of some weights."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return any(_is_part(parameter) for parameter in module.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns all of a tensor, of which each process may hold a part; all of them have to call this, in one order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Returns all of a tensor, of which each process may hold a part, detached.
+
+    All of them have to call this, in one order. A parameter that DeepSpeed divides has to be given itself.
+    """
+    if is_divided(tensor):
+        return gathered(tensor)
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def trainable_weights(network: nn.Module) -> dict[str, Tensor]:
     """Returns the weights that are trained, by name and whole, on the CPU where they are sharded."""
-    return {
-        name: _off_device(parameter.detach())
-        for name, parameter in network.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name: _off_device(parameter) for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def _off_device(tensor: Tensor) -> Tensor:
     # A second set of weights may not fit beside the parts.
-    return whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor.contiguous()
+    return whole(tensor).cpu() if _is_part(tensor) else tensor.detach().contiguous()
+
+
+def _is_part(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) or is_divided(parameter)

@@ -8,7 +8,8 @@ from typing import Any
 from remax.errors import UserError
 
 NUMBERS_STAY = frozenset(
-    {"output_dir", "report_to", "logging_steps", "log_completions"}
+    {"output_dir", "report_to", "logging_steps", "log_completions", "project", "run_name"}
+    | {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"}
     | {"save_steps", "save_total_limit", "resume", "allow_config_change"}
     | {"max_skipped_steps", "max_missing_rewards", "alarms", "alarm_window", "gold_evaluations"}
     | {"max_kl", "max_truncated", "max_length_ratio", "min_entropy_ratio"}

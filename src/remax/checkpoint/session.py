@@ -120,10 +120,9 @@ class Session(Run):
     def _save(self, trainer: Any, others: Any, *, ended: bool, background: bool, rotates: bool) -> None:
         step, best_step = trainer.state.global_step, trainer.state.best_global_step
         self.writer.wait()  # Its copy is given back before there is another one.
-        background = background and self.free_memory() > 2 * state.num_bytes(trainer)
+        background = background and others is None and self.free_memory() > 2 * state.num_bytes(trainer)
         with self.folder.writing(f"the checkpoint of step {step}"):
             facts = {**self.facts(), "ended": ended}
-        background = background and others is None
         shards = None if others is None else self._shards
         snapshot = state.capture(trainer, facts, copies=background, shards=shards, others=others)
         if background:

@@ -41,5 +41,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.give_back()
         self.received = signal.Signals(number)
+        if os.environ.get("RANK", "0") != "0":  # Another process says it.
+            return
         # Not print: the main thread may be in the middle of one.
         os.write(2, f"\n{NAMES[self.received]}: this step is finished and saved; again to stop at once.\n".encode())

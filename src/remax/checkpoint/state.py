@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from remax import sharding
+from remax import sharding, zero
 from remax.checkpoint import shards
 from remax.checkpoint.files import FACTS, write_json
 from remax.checkpoint.shards import FOLDER as SHARDS
@@ -102,8 +102,9 @@ def capture(
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Whether this process holds only parts of the weights that are trained."""
-    return any(sharding.is_sharded(network) for network in _networks(trainer).values())
+    """Whether this process holds only parts of the weights that are trained, or of the optimiser's states."""
+    by_zero = any(zero.is_engine(learner.network) for learner in _learners(trainer).values())
+    return by_zero or any(sharding.is_sharded(network) for network in _networks(trainer).values())
 
 
 def write_shards(trainer: Any, folder: Path) -> dict[str, Any]:
@@ -115,6 +116,9 @@ def write_shards(trainer: Any, folder: Path) -> dict[str, Any]:
         OSError: they could not be written.
     """
     learners = _learners(trainer)
+    if zero.is_engine(trainer.policy.network):
+        zero.save(trainer.policy.network, folder)
+        return {name: {} for name in learners}
     shards.write_shards(folder, learners)
     return {name: shards.other_states(learner) for name, learner in learners.items()}
 
@@ -135,11 +139,14 @@ def restore(trainer: Any, checkpoint: Path, facts: Mapping[str, Any]) -> None:
         UserError: the checkpoint is of another model or method.
     """
     in_parts = (checkpoint / SHARDS).is_dir()
+    zero.check_parts(trainer.policy.network, checkpoint / SHARDS)
     for name, network in {} if in_parts else _networks(trainer).items():
         _restore_weights(network, checkpoint / f"{name}.safetensors")
     training = _load(checkpoint)
     with _reading(checkpoint):
-        if in_parts:
+        if in_parts and zero.is_engine(trainer.policy.network):
+            zero.load(trainer.policy.network, checkpoint / SHARDS)
+        elif in_parts:
             others = {name: own["optimizer"] for name, own in training["learners"].items()}
             shards.read_shards(checkpoint / SHARDS, _learners(trainer), others)
         for name, learner in _learners(trainer).items():
@@ -188,7 +195,7 @@ def fingerprint(network: nn.Module, without: str | None = None) -> str:
     digest = hashlib.sha256()
     for name, parameter in network.named_parameters():
         if without is None or without not in name:
-            values = whole(parameter.detach()).flatten()
+            values = whole(parameter).flatten()
             some = values[:: max(1, len(values) // VALUES_PER_TENSOR)].float().cpu()
             digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from remax import models
-from remax.assembly import check_cheaply, load_prompts
+from remax.assembly import check_cheaply
 from remax.compare import worker
 from remax.compare.accounting import account
 from remax.compare.analysis import analyse
@@ -27,6 +27,7 @@ from remax.compare.spec import Run, check_continues, describe, plan_runs
 from remax.compare.tables import print_table
 from remax.config import CompareConfig, CompareInputs
 from remax.errors import UserError
+from remax.loading import load_prompts
 from remax.recording import RunFolder, write_json
 from remax.rewards.named import named_function, named_rewards, wait_until_ready
 from remax.untrusted import printable

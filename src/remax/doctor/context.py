@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from peft import PeftConfig
 from transformers import GenerationConfig
 
-from remax import assembly, data, models
+from remax import assembly, data, loading, models
 from remax.components import Components, Rewards
 from remax.config import DoctorOptions, PlanInputs, ReMaxConfig, TrainInputs
 from remax.data.records import check_format
@@ -218,7 +218,7 @@ class Context:
     @Part
     def reward_functions(self) -> list[RewardFunction]:
         """The rewards, ready to score."""
-        return assembly.load_rewards(
+        return loading.load_rewards(
             self.rewards,
             None,
             self.args.reward_batch_size,
@@ -233,14 +233,14 @@ class Context:
     def policy(self) -> Any:
         """The policy, on its device."""
         models.check_model_exists(self.inputs.model, flag="--model")
-        return assembly.load_policy(self.inputs.model, self.args).to(self.accelerator.device)
+        return loading.load_policy(self.inputs.model, self.args).to(self.accelerator.device)
 
     @Part
     def components(self) -> Components:
         """What rolls out and scores; a reference is not needed for that."""
         prompts = self.prompts[0][: self.options.num_prompts]
         rewards = self.reward_functions
-        assembly.check_context(self.policy, prompts, self.args.max_completion_length)
+        loading.check_context(self.policy, prompts, self.args.max_completion_length)
         return Components(
             accelerator=self.accelerator,
             policy=self.policy,
@@ -250,7 +250,7 @@ class Context:
             engine=assembly.choose_engine(self.policy, self.tokenizer, self.args, self.args.bf16),
             reward_functions=rewards,
             reward_weights=resolve_weights(self.args.reward_weights, len(rewards)),
-            sampling=assembly.sampling_of(self.args, self.policy, self.tokenizer),
+            sampling=loading.sampling_of(self.args, self.policy, self.tokenizer),
             prompts=prompts,
             eval_prompts=[],
             model_name=self.inputs.model,

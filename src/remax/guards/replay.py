@@ -16,7 +16,6 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from remax import models
-from remax.assembly import load_policy, load_reference
 from remax.batching import collate
 from remax.components import Components, Rewards
 from remax.config import ReMaxConfig, ReplayConfig
@@ -24,6 +23,7 @@ from remax.critic import load_value_model
 from remax.errors import UserError
 from remax.guards.dumps import Dump, read_dump
 from remax.interfaces import Completion, Prompt, Rollout, Sampling
+from remax.loading import load_policy, load_reference
 from remax.logprobs import CompletionScorer
 from remax.methods.critic_free import CriticFree
 from remax.methods.ppo import PPO, Experience

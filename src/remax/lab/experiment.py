@@ -8,7 +8,7 @@ from typing import Any
 from transformers import set_seed
 
 from remax import models
-from remax.assembly import assemble, load_other_reference
+from remax.assembly import assemble
 from remax.batching import PromptOrder
 from remax.components import Components
 from remax.config import LabConfig, LabInputs, ReMaxConfig
@@ -16,6 +16,7 @@ from remax.errors import UserError
 from remax.lab import report
 from remax.lab.measurement import measure
 from remax.lab.plot import draw
+from remax.loading import load_other_reference
 from remax.recording import RunFolder
 
 

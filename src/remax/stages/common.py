@@ -15,6 +15,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers.integrations import get_available_reporting_integrations
 
+from remax.cards import model_card
 from remax.checkpoint.run import Run
 from remax.config import DPOConfig, RewardConfig, SFTConfig
 from remax.data import check_tokenizer, eos_token_ids, load_preferences
@@ -28,7 +29,7 @@ from remax.models import (
     short_reason,
 )
 from remax.optimisers import check_optimiser
-from remax.recording import RunFolder, model_card
+from remax.recording import RunFolder
 from remax.rewards import reward_input_ids
 from remax.saving import save_model
 from remax.stages.saving import Saving, naming_failures, naming_misfits, stage_fingerprints

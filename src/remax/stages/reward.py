@@ -11,10 +11,10 @@ import trl
 from accelerate import PartialState
 from peft import PeftModel
 
+from remax.cards import model_card
 from remax.config import RewardConfig
 from remax.errors import UserError
 from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model
-from remax.recording import model_card
 from remax.rewards import RewardModel, require_chat_template
 from remax.saving import save_model
 from remax.stages.common import (

@@ -1,0 +1,81 @@
+"""One step of SGD under DeepSpeed's ZeRO, run by torchrun for test_zero.py, and by the test itself without DeepSpeed.
+
+ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_ZERO_STAGE=3 torchrun --nproc_per_node 2 zero_steps.py FOLDER CASE
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remax import learner, processes, zero
+from remax.learner import Learner
+from remax.methods import critic_free
+from remax.metrics import step_metrics
+from toy_training import calm_policy, lively, make_trainer
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "remax": {"beta": 0.2, "micro_batch_tokens": 40},
+    "after one that is not finite": {"beta": 0.2, "micro_batch_tokens": 40},
+    "clipped": {"beta": 0.1, "max_grad_norm": 0.01},
+    "lora": {"beta": 0.2, "use_peft": True, "lora_r": 2, "micro_batch_tokens": 40},
+    "no signal": {"beta": 0.0, "kl_mode": "none"},
+}
+BY_ZERO = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def weights(of: Learner) -> Tensor:
+    if not BY_ZERO:
+        return torch.cat([p.detach().flatten() for p in of.trainable])
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return torch.cat([safe_get_full_fp32_param(p).flatten().clone() for p in of.trainable])
+
+
+def constant(completions: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def run(folder: Path, case: str) -> dict[str, Any]:
+    """Returns the weights around one step and what was recorded."""
+    reward = constant if case == "no signal" else lively
+    trainer = make_trainer(folder / case, reward, model=calm_policy(1), batch_size=8, **SETTINGS[case])
+    before, batch = weights(trainer.policy), trainer.order.batch(1)
+    if case == "after one that is not finite":
+        real = critic_free.policy_gradient_loss
+        critic_free.policy_gradient_loss = lambda *a, **k: real(*a, **k)._replace(loss=real(*a, **k).loss * math.nan)
+        assert math.isnan(trainer.step(batch, 1).grad_norm)
+        critic_free.policy_gradient_loss = real
+        assert torch.equal(weights(trainer.policy), before)
+    record = trainer.step(batch, 1)
+    trainer.save_model(folder / f"{case} model")
+    held = sum(p.numel() for p in trainer.policy.trainable)
+    metrics = {name: value for name, value in step_metrics(record).items() if value == value}
+    return {"before": before, "after": weights(trainer.policy), "metrics": metrics, "held": held}
+
+
+def by_sgd() -> None:
+    """Makes every optimiser plain SGD, and DeepSpeed divide small weights too."""
+    configure = zero.configure
+
+    def divides_all(accelerator: Any, max_grad_norm: float) -> None:
+        configure(accelerator, max_grad_norm)
+        stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        stage["stage3_param_persistence_threshold"] = 0
+
+    learner.make_optimizer = lambda network, args: torch.optim.SGD(  # type: ignore[assignment]
+        [p for p in network.parameters() if p.requires_grad], lr=0.1
+    )
+    learner.configure = divides_all
+
+
+if __name__ == "__main__":
+    here = processes.join_processes()
+    by_sgd()
+    results = {case: run(Path(sys.argv[1]), case) for case in sys.argv[2:]}
+    if here.is_main:
+        torch.save({"num_processes": here.num, "results": results}, Path(sys.argv[1]) / "results.pt")
