@@ -306,7 +306,7 @@ def test_auto_begins_where_nothing_is_and_a_run_is_refused_without_it(tmp_path: 
 def test_a_run_without_checkpoints_leaves_none(tmp_path: Path) -> None:
     train(tmp_path / "out", max_steps=2, save_steps=-1)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *("completions.jsonl", "config.yaml", "metrics.jsonl", "model"),
+        *("completions.jsonl", "config.yaml", "metrics.jsonl", "model", "provenance.json"),
     ]
     with pytest.raises(UserError, match="--save_steps is -1: a run without checkpoints cannot be resumed"):
         make_trainer(tmp_path / "out", lively, save_steps=-1, resume="auto")

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fuzzing import check_sentence, fuzz
 from remax import chat
 from remax.cli import main
-from remax.compare.page import _safe
 from remax.config import ModelOptions
 from remax.data import load_records
 from remax.demo import results
 from remax.errors import UserError
+from remax.markup import safe
 from remax.models import load_policy, load_reward_model, load_tokenizer, new_reward_model
 from remax.progress import LivePanel, PlainLines
 from remax.untrusted import harmless_json, printable, shown
@@ -212,7 +212,7 @@ def test_untrusted_text_is_shown_and_written_without_harm() -> None:
         assert json.loads(written) == json.loads(json.dumps({"text": text}))
         assert not [c for c in written if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
         assert not [c for c in written if unicodedata.bidirectional(c) in STEERING]
-        html = _safe(text)
+        html = safe(text)
         assert not set(html) & set("<>\"'")
         assert unescape(html) == printable(text)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from remax import config
 from remax.demo.settings import DemoConfig
+from remax.errors import GuardStop
 from remax.options import Options
 
 
@@ -21,26 +23,30 @@ class Command:
     settings: tuple[type[Options], ...]
     run: Callable[..., None]
     """Called with one instance of every settings class."""
-    positional: str | None = None
-    """The flag whose value may stand first, without it."""
+    positional: tuple[str, ...] = ()
+    """The flags whose values may stand first, without them, in this order."""
 
     def flags(self, arguments: Sequence[str]) -> list[str]:
-        """Returns the arguments with the flag that may be left out."""
-        if self.positional and arguments and not arguments[0].startswith("-"):
-            return [f"--{self.positional}", *arguments]
-        return list(arguments)
+        """Returns the arguments with the flags that may be left out."""
+        plain = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))[: len(self.positional)]
+        named = [part for name, value in zip(self.positional, plain, strict=False) for part in (f"--{name}", value)]
+        return [*named, *arguments[len(plain) :]]
 
 
-def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig) -> None:
+def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig, options: config.LaunchOptions) -> None:
     """`remax train`"""
+    from remax.launch import launch, starts_others
     from remax.recording import RunFolder
     from remax.rewards.named import named_gold_rewards, named_rewards
 
     # A folder that is taken is found before the imports that take seconds.
     RunFolder(args.output_dir, resumes=args.resume != "none")
+    if starts_others(options):
+        raise SystemExit(launch(options, sys.argv[1:]))
     rewards = named_rewards(inputs, args.reward_timeout_seconds)
 
     from remax.doctor import quick_warnings
+    from remax.processes import leave_processes
     from remax.trainer import ReMaxTrainer
 
     for line in quick_warnings(inputs, args):
@@ -54,8 +60,24 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig) -> None:
         gold_reward_funcs=named_gold_rewards(inputs, args.reward_timeout_seconds),
         run_config={**dataclasses.asdict(inputs), **dataclasses.asdict(args)},
     )
-    trainer.train()
+    try:
+        trainer.train()
+    except GuardStop:  # Then it is wanted most.
+        if trainer.processes.is_main:
+            _report(trainer.folder)
+        raise
+    leave_processes()
     print(f"The trained model is in {trainer.folder.model}.")
+    if trainer.processes.is_main:
+        _report(trainer.folder)
+
+
+def _report(folder: Any) -> None:
+    """Leaves report.html in the folder of a training that has just ended."""
+    from remax.report.command import report_after_training
+
+    if folder.writes:
+        print(report_after_training(folder.path))
 
 
 def run_sft(inputs: config.StageInputs, args: config.SFTConfig) -> None:
@@ -136,6 +158,13 @@ def run_compare(inputs: config.CompareInputs, args: config.CompareConfig) -> Non
     run_comparison(inputs, args, ["remax", *sys.argv[1:]])
 
 
+def run_winrate(inputs: config.WinrateInputs, args: config.WinrateConfig) -> None:
+    """`remax winrate`"""
+    from remax.winrate.command import run_winrate
+
+    run_winrate(inputs, args)
+
+
 def run_plan(inputs: config.PlanInputs, args: config.PlanConfig) -> None:
     """`remax plan`"""
     # What a training imports: on a CPU, the size of this process is where its memory starts.
@@ -145,8 +174,13 @@ def run_plan(inputs: config.PlanInputs, args: config.PlanConfig) -> None:
     run_plan(inputs, args)
 
 
-def run_doctor(inputs: config.TrainInputs, options: config.DoctorOptions, args: config.ReMaxConfig) -> None:
+def run_doctor(
+    inputs: config.TrainInputs, options: config.DoctorOptions, args: config.ReMaxConfig, launch: config.LaunchOptions
+) -> None:
     """`remax doctor`"""
+    from remax.launch import check_launch
+
+    check_launch(launch)
     # What a training imports: on a CPU, the size of this process is where its memory starts.
     import remax.trainer  # noqa: F401
     from remax.doctor.command import run_doctor
@@ -172,7 +206,7 @@ def run_serve_reward(inputs: config.ServeInputs, args: config.ServeConfig) -> No
     server = RewardServer(scorer(functions, weights), args.host, args.port)
 
     if inputs.model:
-        from remax.assembly import load_rewards
+        from remax.loading import load_rewards
         from remax.models import check_model_exists
         from remax.processes import make_accelerator
 
@@ -184,11 +218,41 @@ def run_serve_reward(inputs: config.ServeInputs, args: config.ServeConfig) -> No
     serve(server)
 
 
+def run_serve_vllm(inputs: config.ServeVLLMInputs, args: config.ServeVLLMConfig) -> None:
+    """`remax serve-vllm`"""
+    from remax.rollout.vllm.local import require_vllm
+    from remax.rollout.vllm.server import run_server
+
+    require_vllm("remax serve-vllm")
+    run_server(inputs.model, args)
+
+
+def run_report(args: config.ReportConfig) -> None:
+    """`remax report`"""
+    from remax.report.command import run_report
+
+    run_report(args)
+
+
 def run_replay(args: config.ReplayConfig) -> None:
     """`remax replay`"""
     from remax.guards.replay import run_replay
 
     run_replay(args)
+
+
+def run_init(args: config.InitConfig) -> None:
+    """`remax init`"""
+    from remax.starter import run_init
+
+    run_init(args)
+
+
+def run_completion(args: config.CompletionConfig) -> None:
+    """`remax completion`"""
+    from remax.completion import script
+
+    print(script(args.shell, COMMANDS), end="")
 
 
 def run_demo(args: DemoConfig) -> None:
@@ -213,8 +277,8 @@ COMMANDS = {
     ),
     "train": Command(
         "Train a policy with ReMax, or another method, against a reward model or functions.",
-        "--model M --reward_model R --train_dataset FILE --output_dir OUT [settings]",
-        (config.TrainInputs, config.ReMaxConfig),
+        "--model M --reward_model R --train_dataset FILE --output_dir OUT [--accelerate_config fsdp2] [settings]",
+        (config.TrainInputs, config.ReMaxConfig, config.LaunchOptions),
         run_train,
     ),
     "dpo": Command(
@@ -235,6 +299,13 @@ COMMANDS = {
         (config.CompareInputs, config.CompareConfig),
         run_compare,
     ),
+    "winrate": Command(
+        "Judge two checkpoints, or two files of outputs, pair by pair: how often the one is better than the other.",
+        "A B [--eval_dataset FILE] [--reward_model R | --judge_url URL --judge_model J] [settings]",
+        (config.WinrateInputs, config.WinrateConfig),
+        run_winrate,
+        positional=("a", "b"),
+    ),
     "plan": Command(
         "Predict a training's peak memory from configs alone: whether it fits, and what would.",
         "--model M [--device_memory 80GB] [settings]",
@@ -252,7 +323,14 @@ COMMANDS = {
         "MODEL [--reward_funcs FILE.py:FUNCTION] [--port 8000] [settings]",
         (config.ServeInputs, config.ServeConfig),
         run_serve_reward,
-        positional="model",
+        positional=("model",),
+    ),
+    "serve-vllm": Command(
+        "Serve vLLM to trainings with --rollout_engine vllm --vllm_mode server.",
+        "MODEL [--port 8000] [settings]",
+        (config.ServeVLLMInputs, config.ServeVLLMConfig),
+        run_serve_vllm,
+        positional=("model",),
     ),
     "chat": Command(
         "Talk to a checkpoint in the terminal.",
@@ -263,15 +341,36 @@ COMMANDS = {
     "doctor": Command(
         "Check a training's set-up before hours are spent: tokenizer, data, rewards, a small rollout, disk, memory.",
         "--model M --reward_model R --train_dataset FILE [--pairs FILE] [settings]",
-        (config.TrainInputs, config.DoctorOptions, config.ReMaxConfig),
+        (config.TrainInputs, config.DoctorOptions, config.ReMaxConfig, config.LaunchOptions),
         run_doctor,
+    ),
+    "report": Command(
+        "Show what a training did on one page, while it runs or after; several are drawn over each other.",
+        "OUT [OUT2 ...] [--output_file FILE.html]",
+        (config.ReportConfig,),
+        run_report,
+        positional=("runs",),
     ),
     "replay": Command(
         "Take a skipped update apart: which rows, tokens and weights are not finite.",
         "OUT/dumps/step-000007 [--model M]",
         (config.ReplayConfig,),
         run_replay,
-        positional="dump",
+        positional=("dump",),
+    ),
+    "init": Command(
+        "Write a commented YAML file to start a training from, of one of several recipes.",
+        "RECIPE [--output run.yaml]",
+        (config.InitConfig,),
+        run_init,
+        positional=("recipe",),
+    ),
+    "completion": Command(
+        "Print a script that completes commands, flags and their values in a shell.",
+        "bash|zsh|fish",
+        (config.CompletionConfig,),
+        run_completion,
+        positional=("shell",),
     ),
     "demo": Command(
         "Run the whole pipeline on a small world of stories, offline, in about two minutes.",

@@ -62,6 +62,27 @@ class Evaluation:
         """Returns 95% bootstrap intervals of those means."""
         return {name: bootstrap_interval(values, seed=seed) for name, values in self._measured()}
 
+    def records(self, step: int) -> list[dict[str, Any]]:
+        """Returns one record per prompt for eval_completions.jsonl: a sample, the greedy completion, the values.
+
+        The values are means over the samples of the prompt, under the names of eval.jsonl without "eval/".
+        """
+        num_samples = len(self.rollout.samples) // len(self.rollout.greedy)
+        samples = self.rollout.samples[::num_samples]
+        return [
+            {
+                "step": step,
+                "prompt_index": greedy.prompt.index,
+                "prompt": greedy.prompt.content,
+                "completion": sample.text,
+                "greedy_completion": greedy.text,
+                "length": len(sample.token_ids),
+                "truncated": sample.truncated,
+                "values": {name: float(values[row]) for name, values in self.values.items()},
+            }
+            for row, (sample, greedy) in enumerate(zip(samples, self.rollout.greedy, strict=True))
+        ]
+
     def _measured(self) -> list[tuple[str, Floats]]:
         present = {name: values[~np.isnan(values)] for name, values in self.values.items()}
         return [(name, values) for name, values in present.items() if len(values)]

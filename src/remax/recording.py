@@ -17,11 +17,13 @@ from remax.untrusted import harmless_json
 
 RUN_FILES = ("metrics.jsonl", "config.yaml", "evaluation.json", "eval.jsonl", "model", "checkpoints")
 """What tells that a folder holds a run."""
-LINES = ("metrics.jsonl", "completions.jsonl", "eval.jsonl", "alarms.jsonl")
+LINES = ("metrics.jsonl", "completions.jsonl", "eval.jsonl", "eval_completions.jsonl", "alarms.jsonl")
 """What grows line by line."""
 LEFT_BY_A_RUN = (
     *LINES,
     "config.yaml",
+    "provenance.json",
+    "report.html",
     "eval.json",
     "model",
     "best_model",

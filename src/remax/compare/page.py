@@ -1,14 +1,11 @@
 """The report of a comparison: one HTML file that needs nothing else and says everything."""
 
 import base64
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from remax.compare.tables import (
-    NOTHING,
     Column,
     about,
     budget_text,
@@ -19,7 +16,7 @@ from remax.compare.tables import (
     number_text,
     shown_columns,
 )
-from remax.untrusted import printable
+from remax.markup import NOTHING, document, folded, pairs, safe, setting, table
 
 CAPTIONS = {
     "rewards": (
@@ -90,39 +87,25 @@ def write_page(results: Mapping[str, Any], plots: Mapping[str, Path], path: Path
     """Writes the report; the pictures are inside, nothing is loaded from anywhere, and no text can become markup."""
     title = f"remax compare: {', '.join(results['methods'])}"
     body = "\n".join(part for part in _parts(results, plots) if part)
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{_safe(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-    path.write_text(page, encoding="utf-8")
+    path.write_text(document(title, body, style=STYLE), encoding="utf-8")
 
 
 def _parts(results: Mapping[str, Any], plots: Mapping[str, Path]) -> Iterator[str]:
     seeds = len(results["seeds"])
     yield (
         f'<p class="kicker">{len(results["methods"])} methods, {seeds} seed{"s" * (seeds != 1)}, '
-        f"{_safe(budget_text(results))} each</p>\n<h1>{_safe(headline(results))}</h1>"
+        f"{safe(budget_text(results))} each</p>\n<h1>{safe(headline(results))}</h1>"
     )
     if results["notes"]:
-        yield '<ul class="notes">' + "".join(f"<li>{_safe(note)}</li>" for note in results["notes"]) + "</ul>"
+        yield '<ul class="notes">' + "".join(f"<li>{safe(note)}</li>" for note in results["notes"]) + "</ul>"
     yield "<h2>Held-out prompts, at the end</h2>"
     yield _figures_table(results, shown_columns(results))
-    yield f'<p class="soft">{_safe(about(results))}</p>'
+    yield f'<p class="soft">{safe(about(results))}</p>'
     yield _pairwise(results)
     for name, picture in plots.items():
         yield _picture(name, picture)
     yield "<h2>What was spent</h2>"
-    yield f"<p>The budget of a run: {_safe(budget_text(results))}. Means over seeds.</p>"
+    yield f"<p>The budget of a run: {safe(budget_text(results))}. Means over seeds.</p>"
     yield _figures_table(results, shown_columns(results, SPENT))
     yield from _conditions(results)
     yield _every_seed(results)
@@ -135,11 +118,11 @@ def _figures_table(results: Mapping[str, Any], columns: Sequence[Column]) -> str
     rows = []
     for row, (label, method) in enumerate(results["methods"].items()):
         figures = [
-            _safe(mean) + ("" if interval in (None, NOTHING) else f"<small>{_safe(interval or '')}</small>")
+            safe(mean) + ("" if interval in (None, NOTHING) else f"<small>{safe(interval or '')}</small>")
             for mean, interval in (column[row] for column in shown)
         ]
-        rows.append([_safe(label), str(len(method["seeds"])), *figures])
-    return _table([_safe(head) for head in heads], rows)
+        rows.append([safe(label), str(len(method["seeds"])), *figures])
+    return table([safe(head) for head in heads], rows)
 
 
 def _pairwise(results: Mapping[str, Any]) -> str:
@@ -148,15 +131,15 @@ def _pairwise(results: Mapping[str, Any]) -> str:
     if not names:
         return ""
     rows = [
-        [_safe(pair["label"]), *(part for name in names for part in _pair_cells(pair["metrics"][name]))]
+        [safe(pair["label"]), *(part for name in names for part in _pair_cells(pair["metrics"][name]))]
         for pair in results["pairwise"]
     ]
     heads = ["method", *(text for name in names for text in (PAIRED_TITLES[name], "P(higher)"))]
     first = results["pairwise"][0]["against"]
     return (
-        f"<h2>Against {_safe(first)}</h2>\n<p>The mean difference to {_safe(first)} seed by seed, above 0 where the "
-        f"method is higher, and the probability that one of its runs beats one of {_safe(first)}; both with 95% "
-        f"intervals.</p>\n{_table([_safe(head) for head in heads], rows)}"
+        f"<h2>Against {safe(first)}</h2>\n<p>The mean difference to {safe(first)} seed by seed, above 0 where the "
+        f"method is higher, and the probability that one of its runs beats one of {safe(first)}; both with 95% "
+        f"intervals.</p>\n{table([safe(head) for head in heads], rows)}"
     )
 
 
@@ -178,8 +161,8 @@ def _pair_cells(pair: Mapping[str, Any] | None) -> tuple[str, str]:
 def _picture(name: str, path: Path) -> str:
     title, caption = CAPTIONS[name]
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    image = f'<img alt="{_safe(title)}" src="data:image/png;base64,{data}">'
-    return f'<h2>{_safe(title)}</h2>\n<p>{_safe(caption)}</p>\n<figure><div class="wide">{image}</div></figure>'
+    image = f'<img alt="{safe(title)}" src="data:image/png;base64,{data}">'
+    return f'<h2>{safe(title)}</h2>\n<p>{safe(caption)}</p>\n<figure><div class="wide">{image}</div></figure>'
 
 
 def _conditions(results: Mapping[str, Any]) -> Iterator[str]:
@@ -187,17 +170,17 @@ def _conditions(results: Mapping[str, Any]) -> Iterator[str]:
     methods = results["methods"]
     yield "<h2>Settings</h2>"
     keys = list(dict.fromkeys(key for method in methods.values() for key in method["settings"]))
-    rows = [[_safe(key), *(_value(method["settings"].get(key)) for method in methods.values())] for key in keys]
+    rows = [[safe(key), *(setting(method["settings"].get(key)) for method in methods.values())] for key in keys]
     if any(method["hyperparameters"] is not None for method in methods.values()):
         own = [method["hyperparameters"] for method in methods.values()]
         texts = [NOTHING if names is None else f"{len(names)}: {', '.join(map(str, names))}" for names in own]
-        rows.append(["settings that only this method has", *(_safe(text.removesuffix(": ")) for text in texts)])
-    yield _table(["setting", *(_safe(label) for label in methods)], rows, kind="text")
-    yield _folded("Settings that all methods share", _pairs(results.get("shared") or {}))
+        rows.append(["settings that only this method has", *(safe(text.removesuffix(": ")) for text in texts)])
+    yield table(["setting", *(safe(label) for label in methods)], rows, kind="text")
+    yield folded("Settings that all methods share", pairs(results.get("shared") or {}))
     yield "<h2>How it was made</h2>"
     made = {name: results.get(name) for name in ("model", "reward", "gold", "commit")}
-    yield _pairs({**made, "seeds": results["seeds"], **_named(results, "hardware"), **_named(results, "versions")})
-    yield f"<pre>{_safe(str(results.get('command') or ''))}</pre>"
+    yield pairs({**made, "seeds": results["seeds"], **_named(results, "hardware"), **_named(results, "versions")})
+    yield f"<pre>{safe(str(results.get('command') or ''))}</pre>"
 
 
 def _named(results: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -212,12 +195,12 @@ def _every_seed(results: Mapping[str, Any]) -> str:
     for label, method in results["methods"].items():
         metrics = [(method["metrics"][c.metric], c.scale) for c in columns]
         for index, seed in enumerate(method["seeds"]):
-            rows.append([_safe(label), str(seed), *(_plain(m["values"][index], scale) for m, scale in metrics)])
+            rows.append([safe(label), str(seed), *(_plain(m["values"][index], scale) for m, scale in metrics)])
         if method["seeds"]:
-            rows.append([_safe(label), "IQM", *(_interquartile(metric, scale) for metric, scale in metrics)])
+            rows.append([safe(label), "IQM", *(_interquartile(metric, scale) for metric, scale in metrics)])
     heads = ["method", "seed", *(c.title + (f", {c.unit}" if c.unit else "") for c in columns)]
-    table = _table([_safe(head) for head in heads], rows)
-    return _folded("Every run, and the interquartile means (IQM) over seeds", table)
+    every = table([safe(head) for head in heads], rows)
+    return folded("Every run, and the interquartile means (IQM) over seeds", every)
 
 
 def _interquartile(metric: Mapping[str, Any], scale: float) -> str:
@@ -229,30 +212,3 @@ def _interquartile(metric: Mapping[str, Any], scale: float) -> str:
 
 def _plain(value: float | None, scale: float) -> str:
     return NOTHING if value is None else number_text(value * scale, decimals_for([value * scale]))
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return _table([], [[_safe(key), _value(value)] for key, value in values.items()], kind="text")
-
-
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{_safe(title)}</summary>{content}</details>"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
-    """Returns a table that scrolls by itself on a narrow screen; the texts must be safe already."""
-    head = "<thead><tr>" + "".join(f"<th>{text}</th>" for text in heads) + "</tr></thead>" if heads else ""
-    body = "\n".join("<tr>" + "".join(f"<td>{text}</td>" for text in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}">{head}<tbody>\n{body}\n</tbody></table></div>'
-
-
-def _value(value: Any) -> str:
-    """Returns a setting as it is written in YAML."""
-    if value is None:
-        return NOTHING
-    return _safe(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _safe(text: str) -> str:
-    """Returns a text that can neither become markup nor steer what is around it."""
-    return escape(printable(text))

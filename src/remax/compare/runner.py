@@ -3,19 +3,14 @@
 import datetime
 import json
 import multiprocessing
-import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from remax import models
 from remax.assembly import check_cheaply
@@ -28,11 +23,10 @@ from remax.compare.tables import print_table
 from remax.config import CompareConfig, CompareInputs
 from remax.errors import UserError
 from remax.loading import load_prompts
+from remax.provenance import commit, hardware, versions
 from remax.recording import RunFolder, write_json
 from remax.rewards.named import named_function, named_rewards, wait_until_ready
 from remax.untrusted import printable
-
-PACKAGES = ("remax-rlhf", "torch", "transformers", "accelerate", "trl", "peft", "datasets", "numpy")
 
 
 def run_comparison(inputs: CompareInputs, args: CompareConfig, command: list[str]) -> dict[str, Any]:
@@ -53,7 +47,7 @@ def run_comparison(inputs: CompareInputs, args: CompareConfig, command: list[str
         "hyperparameters": {run.label: added_hyperparameters(run.args) for run in runs},
         "hardware": hardware(),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join(command),
         "date": datetime.date.today().isoformat(),
     }
@@ -122,35 +116,3 @@ def _check_parts(inputs: CompareInputs, runs: list[Run]) -> None:
             f"--settings has batch_size {largest}: --train_dataset has only {len(prompts)} usable prompts, which do "
             "not fill one step; set it to that or less."
         )
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that matter."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def hardware() -> dict[str, Any]:
-    """Returns what the runs were made on."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "gpus": gpus}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return f"{names[0]}, {len(names)} logical cores"
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Returns the commit of the source tree that is running, if it is one."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    here = Path(__file__).parent
-    result = subprocess.run([git, "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from remax.compare.results import CONTROLLED, FEW_SEEDS
+from remax.markup import NOTHING
 from remax.untrusted import printable
 
-NOTHING = "\N{EN DASH}"
 TABLE_WIDTH = 120
 GIB = 2**30
 
