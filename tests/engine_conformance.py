@@ -10,8 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from remax.batching import collate
-from remax.interfaces import Completion, Prompt, Rollout, RolloutEngine, Sampling
+from remax.errors import GuardStop
+from remax.interfaces import Completion, EngineWithWeights, Prompt, Rollout, RolloutEngine, Sampling
 from remax.logprobs import CompletionScorer
+from remax.saving import merged_weights
 from tiny_models import VOCAB_SIZE, tiny_model
 
 EOS = tuple(range(5, 97, 16))
@@ -61,13 +63,35 @@ def assert_same(some: Rollout, others: Rollout) -> None:
         assert completion.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
+class Pushing:
+    """An engine with weights of its own, which gets the model's before every call: the RolloutEngine that it stands for
+    in a training."""
+
+    def __init__(self, engine: Any, model: Any) -> None:
+        self.engine, self.version = engine, 0
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def generate(self, prompts: Any, sampling: Sampling, **settings: Any) -> Rollout:
+        self.version += 1
+        with torch.no_grad():
+            self.engine.take(merged_weights(self.base), self.version)
+        try:
+            return self.engine.generate(prompts, sampling, **settings)
+        finally:
+            self.engine.release()
+
+
 @cache
-def _shared_llama() -> Any:
-    return tiny_model("llama")
+def _shared_llama(head_dim: int) -> Any:
+    return tiny_model("llama", head_dim=head_dim)
 
 
 class EngineConformance:
     """Derive a class Test... from this one and say how its engine is made."""
+
+    head_dim = 8
+    """Of the models: some kernels take few."""
+    sees_adapters_switched_off = True
 
     def make(self, model: Any, max_rows: int = 0) -> RolloutEngine:
         raise NotImplementedError
@@ -80,7 +104,11 @@ class EngineConformance:
 
     @pytest.fixture
     def llama(self) -> Any:
-        return _shared_llama()
+        return _shared_llama(self.head_dim)
+
+    def another(self, **overrides: Any) -> Any:
+        """Returns a model like that one."""
+        return tiny_model("llama", head_dim=self.head_dim, **overrides)
 
     # Rows
 
@@ -157,11 +185,11 @@ class EngineConformance:
 
     def test_seed_step_prompt_and_sample_give_different_draws(self, llama):
         prompts = [Prompt(4, "", [1, 2, 3]), Prompt(5, "", [1, 2, 3])]
-        draws = []
+        draws, endless = [], replace(SAMPLING, eos_token_ids=())  # Two that end at once would be the same.
         for seed, step in ((0, 0), (0, 1), (1, 0)):
-            draws += ids_of(self.generate(llama, prompts, greedy=False, seed=seed, step=step).samples)
+            draws += ids_of(self.generate(llama, prompts, endless, greedy=False, seed=seed, step=step).samples)
         assert len(set(map(tuple, draws))) == 12
-        assert ids_of(self.generate(llama, prompts).samples) == draws[:4]
+        assert ids_of(self.generate(llama, prompts, endless).samples) == draws[:4]
 
     def test_nothing_else_in_the_batch_matters(self, llama):
         prompts, sampling = make_prompts(), replace(SAMPLING, temperature=0.8, top_p=0.95)
@@ -171,7 +199,7 @@ class EngineConformance:
         assert_same(self.generate(llama, prompts[1:2], sampling, num_samples=1, greedy=False), rollout)
 
     def test_generation_config_is_ignored(self, llama):
-        model = tiny_model("llama", use_cache=False)
+        model = self.another(use_cache=False)
         model.generation_config = GenerationConfig(
             do_sample=True, top_k=1, temperature=0.1, repetition_penalty=5.0, max_new_tokens=2, eos_token_id=[1, 2, 3]
         )
@@ -180,8 +208,8 @@ class EngineConformance:
     # The model
 
     def test_the_model_is_left_as_it_was(self):
-        model = tiny_model("llama", attention_dropout=0.5).train()
-        plain = self.generate(tiny_model("llama"), make_prompts())
+        model = self.another(attention_dropout=0.5).train()
+        plain = self.generate(self.another(), make_prompts())
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.model.layers[1].eval()
 
@@ -196,7 +224,7 @@ class EngineConformance:
         rollout = engine.generate(make_prompts(), SAMPLING, num_samples=2, greedy=True, seed=0, step=0)
         assert state() == before
         assert_same(rollout, plain)
-        with pytest.raises(IndexError):
+        with pytest.raises((IndexError, ValueError, GuardStop)):
             engine.generate([Prompt(0, "", [VOCAB_SIZE])], SAMPLING, num_samples=1, greedy=True, seed=0, step=0)
         assert state() == before
         assert_same(engine.generate(make_prompts(), SAMPLING, num_samples=2, greedy=True, seed=0, step=0), plain)
@@ -205,7 +233,7 @@ class EngineConformance:
         assert model.model.embed_tokens.weight.grad.abs().sum() > 0
 
     def test_weights_are_those_of_the_call(self):
-        model, prompts = tiny_model("llama"), make_prompts()
+        model, prompts = self.another(), make_prompts()
         engine = self.make(model)
         settings = {"num_samples": 2, "greedy": True, "seed": 0, "step": 0}
         before = engine.generate(prompts, SAMPLING, **settings)
@@ -220,11 +248,61 @@ class EngineConformance:
     def test_adapters_are_active(self, llama):
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
         torch.manual_seed(0)
-        prompts, model = make_prompts(), get_peft_model(tiny_model("llama"), config)
+        prompts, model = make_prompts(), get_peft_model(self.another(), config)
         rollout = self.generate(model, prompts)
         assert ids_of(rollout.greedy) == [greedy_of_transformers(model.eval(), p, SAMPLING) for p in prompts]
         assert_scored_alike(model, rows_of(rollout), SAMPLING)
         plain = self.generate(llama, prompts)
         assert ids_of(plain.greedy) != ids_of(rollout.greedy)
-        with model.disable_adapter():
-            assert_same(self.generate(model, prompts), plain)
+        if self.sees_adapters_switched_off:
+            with model.disable_adapter():
+                assert_same(self.generate(model, prompts), plain)
+
+
+class ConformanceWithWeights(EngineConformance):
+    """Likewise for an engine with weights of its own; say how it is made, without weights."""
+
+    sees_adapters_switched_off = False
+    """What is pushed has them merged."""
+
+    def make_bare(self, model: Any) -> EngineWithWeights:
+        raise NotImplementedError
+
+    def make(self, model: Any, max_rows: int = 0) -> RolloutEngine:
+        return Pushing(self.make_bare(model), model)
+
+    def draw(self, engine: Any) -> Rollout:
+        return engine.generate(make_prompts(), SAMPLING, num_samples=2, greedy=True, seed=0, step=0)
+
+    def test_it_is_one(self, llama):
+        assert isinstance(self.make_bare(llama), EngineWithWeights)
+
+    def test_it_draws_with_the_weights_that_it_took(self, llama):
+        other = self.another()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(0.8)
+        plain, changed = self.generate(llama, make_prompts()), self.generate(other, make_prompts())
+        assert ids_of(plain.greedy) != ids_of(changed.greedy)
+        engine = self.make_bare(llama)
+        for version, model, expected in ((1, other, changed), (2, llama, plain), (3, other, changed)):
+            engine.take(merged_weights(model), version)
+            for _ in range(2):  # Several calls, as with --rollout_batch_size.
+                assert_same(self.draw(engine), expected)
+            engine.release()
+            assert_scored_alike(model, rows_of(expected), SAMPLING)
+
+    def test_all_weights_are_asked_for_whatever_version_it_has(self, llama):
+        engine, names = self.make_bare(llama), []
+
+        def weights() -> Any:
+            for name, tensor in merged_weights(llama):
+                names.append(name)
+                yield name, tensor
+
+        for version in (1, 1, 2):
+            names.clear()
+            engine.take(weights(), version)
+            assert names == [name for name, _ in merged_weights(llama)]
+            assert self.draw(engine).samples
+            engine.release()

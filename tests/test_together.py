@@ -12,6 +12,7 @@ import torch
 import together
 from toy_training import read
 
+pytestmark = pytest.mark.xdist_group("together")  # Two processes start once, not once for every worker.
 FOLDER = Path(__file__).parent
 STEPS = [f"{kind}: {name}" for kind in ("ddp", "fsdp2") for name in together.SETTINGS]
 TRAINED = ("remax", "ppo", "lora")

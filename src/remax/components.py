@@ -23,7 +23,7 @@ from remax.placement import Placed
 from remax.processes import ALONE, Processes
 from remax.rewards import ProgrammedReward, RewardModel
 from remax.saving import merged_weights
-from remax.sharding import shard_frozen, shards_weights
+from remax.sharding import release, shard_frozen, shards_weights
 from remax.sharing import roll_out_together, score_together
 
 
@@ -116,7 +116,7 @@ class Components:
         as_set = min(self.rollout_batch_size or whole, whole)
 
         def draw(max_rows: int) -> Rollout:
-            size = len(own) if max_rows == as_set else max(1, max_rows // rows_of_prompt)
+            size = max(1, len(own) if max_rows == as_set else max_rows // rows_of_prompt)
             drawn = []
             for start in range(0, len(own), size):
                 chunk = own[start : start + size]
@@ -239,7 +239,9 @@ class Components:
         """
         assert self.reference is not None
         with self.reference_placed.on_device() if self.reference_placed else nullcontext():
-            return self.token_logprobs(self.reference, completions, untruncated(self.sampling), max_tokens)
+            logprobs = self.token_logprobs(self.reference, completions, untruncated(self.sampling), max_tokens)
+        release(self.reference)
+        return logprobs
 
     @torch.no_grad()
     def token_logprobs(
@@ -253,7 +255,7 @@ class Components:
 
         def score_in_passes(size: int) -> dict[int, Tensor]:
             logprobs: dict[int, Tensor] = {}
-            for rows, counts in self.processes.dealt(split_by_tokens(lengths, size)):
+            for rows, counts in self.processes.dealt(split_by_tokens(lengths, size, self.processes.num)):
                 batch = collate(
                     [completions[row] for row in rows], self.tokenizer.pad_token_id, self.accelerator.device
                 )

@@ -104,6 +104,17 @@ def policy_loss(logprobs: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return -(returns * logprobs).masked_fill(~mask, 0.0)
 
 
+def importance_ratios(logprobs: Tensor, drawn_logprobs: Tensor, mask: Tensor, *, clip_max: float) -> Tensor:
+    """Returns min(pi(y) / q(y), clip_max), [B] without gradient, of completions drawn from q, from their logs, [B, T].
+
+    Truncated importance sampling (Ionides 2008) of whole completions: E_q[pi/q f(y)] = E_pi[f(y)] for every f, so
+    without truncation the weighted gradient is exact. The product of ratios up to a token, or the token's own ratio,
+    would not do: the reward depends on the tokens that follow.
+    """
+    log_ratios = (logprobs - drawn_logprobs).masked_fill(~mask, 0.0).sum(-1)
+    return log_ratios.exp().clamp(max=clip_max).detach()
+
+
 def total(token_losses: Tensor, mask: Tensor, *, mean_of_sequence: bool = False) -> Tensor:
     """Returns the sum over all tokens, a scalar; mean_of_sequence divides every sequence by its length first (GRPO)."""
     sums = token_losses.sum(-1)

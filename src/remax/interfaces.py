@@ -115,6 +115,19 @@ class EngineWithWeights(Protocol):
         ...
 
 
+@runtime_checkable
+class ForeignEngine(EngineWithWeights, Protocol):
+    """An EngineWithWeights that is another program: the log-probabilities it gives are not exactly those of training.
+
+    What they differ by is measured, corrected for and limited.
+    """
+
+    @property
+    def program(self) -> str:
+        """Its name, for messages."""
+        ...
+
+
 class RewardFunction(Protocol):
     """Scores completions."""
 

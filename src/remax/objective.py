@@ -39,6 +39,8 @@ def policy_gradient_loss(
     *,
     ref_logprobs: Tensor | None = None,
     reference: CompletionScorer | None = None,
+    drawn_logprobs: Tensor | None = None,
+    clip_max: float = math.inf,
 ) -> BatchLoss:
     """Returns the loss whose gradient is minus REINFORCE's with these advantages on this micro-batch.
 
@@ -56,6 +58,9 @@ def policy_gradient_loss(
         ref_logprobs: [B, T] log-probabilities of the tokens under the reference, at the same temperature but never
             truncated.
         reference: the reference itself, where the loss has the exact KL. With neither, no KL is wanted.
+        drawn_logprobs: [B, T] log-probabilities of the tokens as another program drew them, whose distribution is not
+            quite the policy's: every completion is then weighed by estimators.importance_ratios.
+        clip_max: of these.
     """
     mask = batch.completion_mask
     has_kl = reference is not None or ref_logprobs is not None
@@ -73,6 +78,9 @@ def policy_gradient_loss(
     if kl_in_loss:
         kl_losses = pi.kl if reference is not None else estimators.k2(pi.logprobs, logprobs - log_ratios, mask)
         losses = losses + args.beta * kl_losses
+    if drawn_logprobs is not None:
+        ratios = estimators.importance_ratios(logprobs, drawn_logprobs, mask, clip_max=clip_max)
+        losses = losses * ratios.unsqueeze(-1)
     loss = estimators.total(losses, mask, mean_of_sequence=args.method == "grpo")
 
     sequence_kl = log_ratios.sum(-1)

@@ -12,7 +12,9 @@ NUMBERS_STAY = frozenset(
     | {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"}
     | {"save_steps", "save_total_limit", "resume", "allow_config_change"}
     | {"max_skipped_steps", "max_missing_rewards", "alarms", "alarm_window", "gold_evaluations"}
-    | {"max_kl", "max_truncated", "max_length_ratio", "min_entropy_ratio"}
+    | {"max_kl", "max_truncated", "max_length_ratio", "min_entropy_ratio", "max_logprob_gap"}
+    | {"vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"}
+    | {"vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_max_model_length"}
 )
 """Settings that cannot change what is learned."""
 

@@ -8,7 +8,7 @@ from remax.options import Options
 DType = Literal["float32", "bfloat16"]
 Optimiser = Literal["adamw_torch_fused", "adamw_torch", "adamw_torch_8bit", "adafactor"]
 Placement = Literal["resident", "offload"]
-EngineName = Literal["auto", "embedded", "paged"]
+EngineName = Literal["auto", "embedded", "paged", "vllm"]
 LONGEST_TIMEOUT_SECONDS = 1_000_000
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
@@ -169,7 +169,8 @@ class ScoringOptions(Options):
     """Most rows decoded at once; 0 for all of a step's rows together. Changes memory and speed, not the result."""
     rollout_engine: EngineName = "auto"
     """Who draws the completions: embedded (the model decodes for itself, anywhere), paged (transformers' continuous
-    batching, on CUDA), or auto (the one expected to be the fastest here)."""
+    batching, on CUDA), vllm (a program of its own, see docs/vllm.md), or auto (the one expected to be the fastest here;
+    never vllm)."""
     micro_batch_tokens: int = 16384
     """Most tokens, padding included, in one pass of policy or reference; changes memory and speed, not the result."""
     num_eval_prompts: int = 256
@@ -177,6 +178,12 @@ class ScoringOptions(Options):
 
     def _check(self) -> None:
         self._require(self.rollout_batch_size >= 0, "rollout_batch_size", "no row can be decoded", "0 for no limit")
+        self._require(
+            self.rollout_engine != "vllm" or hasattr(self, "vllm_mode"),
+            "rollout_engine",
+            "only a training draws with vLLM",
+            "auto, embedded or paged",
+        )
         self._require(
             0 <= self.reward_timeout_seconds <= LONGEST_TIMEOUT_SECONDS,
             "reward_timeout_seconds",

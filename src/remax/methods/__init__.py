@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from remax.assembly import check_context
 from remax.components import Components, Rewards
 from remax.config import ReMaxConfig
 from remax.critic import ValueModel, load_value_model
 from remax.interfaces import Prompt, Rollout
 from remax.learner import Learner
+from remax.loading import check_context
 from remax.methods.critic_free import CriticFree
 from remax.methods.ppo import PPO
 from remax.methods.within_memory import OnSkip

@@ -14,10 +14,12 @@ from remax.config import ReMaxConfig
 from remax.guards.finite import NotFinite, Skipped
 from remax.interfaces import Prompt, Rollout
 from remax.learner import Learner
+from remax.methods.agreement import agreement
 from remax.methods.baselines import MAKE_BASELINE, GreedyRewards, Mixed
 from remax.methods.within_memory import OnSkip, ignore, max_tokens, within_memory
 from remax.metrics import Credit, StepRecord
 from remax.objective import BatchLoss, policy_gradient_loss
+from remax.zero import stage_of
 
 
 class CriticFree:
@@ -29,6 +31,7 @@ class CriticFree:
         self.on_skip: OnSkip = ignore
         self.baseline = MAKE_BASELINE[str(args.baseline)]()
         self.greedy_rewards = GreedyRewards(args.greedy_every) if args.needs_greedy else None
+        self.agreement = agreement(parts, args)
         self.metrics: dict[str, float] = {}
         """Of the last credit."""
 
@@ -69,6 +72,8 @@ class CriticFree:
 
         def losses() -> Iterator[Tensor]:
             yield from self.losses(record, rows)
+            if self.agreement is not None:
+                record.metrics |= self.agreement.check()
             if not math.isfinite(self.parts.processes.sum(record.loss)):  # Rows without a gradient have a loss too.
                 raise NotFinite("loss")
 
@@ -97,6 +102,9 @@ class CriticFree:
             if has_gradient:
                 yield result.loss if counts else result.loss * 0
             if counts:
+                if self.agreement is not None:
+                    samples = [record.rollout.samples[row] for row in group]
+                    self.agreement.add(group, samples, result.logprobs)
                 record.add(group, result)  # Not before it is differentiated: a GPU would have to be waited for.
 
     def denominator(self, record: StepRecord, rows: Sequence[int]) -> int:
@@ -111,16 +119,23 @@ class CriticFree:
         """
         samples = record.rollout.samples
         silent = set() if self.args.needs_reference else {row for row in rows if record.advantages[row] == 0}
+        if len(silent) == len(rows) and stage_of(self.parts.accelerator):
+            silent = set()  # DeepSpeed takes no step without a backward pass.
         for chosen in ([row for row in rows if row not in silent], sorted(silent)):
             lengths = [len(samples[row].prompt.token_ids) + len(samples[row].token_ids) for row in chosen]
-            groups = split_by_tokens(lengths, max_tokens(self.parts, self.args))
+            groups = split_by_tokens(lengths, max_tokens(self.parts, self.args), self.parts.processes.num)
             for group, counts in self.parts.processes.dealt(groups):
                 yield [chosen[i] for i in group], chosen[0] not in silent, counts
 
     def loss(self, record: StepRecord, rows: list[int], denominator: int) -> BatchLoss:
         """Returns the loss of a micro-batch and what it shows."""
         args, parts, device = self.args, self.parts, self.parts.accelerator.device
-        batch = collate([record.rollout.samples[row] for row in rows], parts.tokenizer.pad_token_id, device)
+        samples = [record.rollout.samples[row] for row in rows]
+        batch = collate(samples, parts.tokenizer.pad_token_id, device)
+        correction: dict[str, Any] = {}
+        if self.agreement is not None and self.agreement.clip_max is not None:
+            correction["drawn_logprobs"] = self.agreement.rollout_logprobs(samples, batch)
+            correction["clip_max"] = self.agreement.clip_max
         with parts.accelerator.autocast():
             return policy_gradient_loss(
                 self.policy.network,
@@ -131,6 +146,7 @@ class CriticFree:
                 denominator,
                 ref_logprobs=record.ref_logprobs_of(rows, batch),
                 reference=parts.reference if args.needs_exact_kl else None,
+                **correction,
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from remax.errors import GuardStop
 from remax.guards.finite import NotFinite, Skipped
 from remax.interfaces import Completion, Prompt, Rollout
 from remax.learner import Learner
+from remax.methods.agreement import agreement
 from remax.methods.within_memory import OnSkip, ignore, max_tokens, within_memory
 from remax.metrics import Credit, StepRecord
 from remax.objective import BatchLoss
@@ -80,6 +81,7 @@ class PPO:
         self.beta = args.beta
         self.num_steps = 0
         self.on_skip: OnSkip = ignore
+        self.agreement = agreement(parts, args)
 
     def greedy_wanted(self, prompts: Sequence[Prompt]) -> list[bool]:
         """Returns for which prompts this step needs a greedy completion: none."""
@@ -174,6 +176,8 @@ class PPO:
             for loss, outside in self._policy_losses(update):
                 num_clipped += outside
                 yield loss
+            if self.agreement is not None and update.number == 0:
+                record.metrics |= self.agreement.check()
 
         def num_losses() -> int:
             return sum(1 for _ in self._dealt([experience.samples[row] for row in rows]))
@@ -234,6 +238,9 @@ class PPO:
                 continue
             if update.epoch == 0:
                 share = len(rows) / len(experience.samples)
+                if self.agreement is not None and update.number == 0:
+                    samples = [experience.samples[rows[i]] for i in group]
+                    self.agreement.add([update.rows_of_record[i] for i in group], samples, result.logprobs)
                 own_part = result._replace(loss=result.loss.detach() * share)
                 update.record.add([update.rows_of_record[i] for i in group], own_part, untouched=update.number == 0)
             yield result.loss, outside
@@ -292,7 +299,8 @@ class PPO:
 
     def _dealt(self, samples: Sequence[Completion]) -> list[tuple[list[int], bool]]:
         lengths = [len(c.prompt.token_ids) + len(c.token_ids) for c in samples]
-        return self.parts.processes.dealt(split_by_tokens(lengths, max_tokens(self.parts, self.args)))
+        processes = self.parts.processes
+        return processes.dealt(split_by_tokens(lengths, max_tokens(self.parts, self.args), processes.num))
 
     def _adapt_beta(self, experience: Experience) -> None:
         """Moves beta so that the KL approaches --target_kl (Ziegler et al., arXiv 1909.08593, section 2.2)."""
