@@ -217,7 +217,7 @@ def test_init_lists_recipes_and_overwrites_nothing(tmp_path: Path, capsys: Any, 
     assert main(["init"]) == 0
     listed = capsys.readouterr().out
     for name, recipe in RECIPES.items():
-        assert f"{name:12} {recipe.summary}" in listed
+        assert f"{name:15} {recipe.summary}" in listed
     assert not list(tmp_path.iterdir())
     assert main(["init", "gsm8"]) == 2
     assert "did you mean gsm8k" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 
 from remax.batching import split_by_tokens
 from remax.errors import GuardStop, UserError
-from remax.processes import ProcessFailed, Processes
+from remax.processes import Processes, ProcessFailed
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 5])

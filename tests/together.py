@@ -56,7 +56,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "few signals in small parts": {"beta": 0.0, "reward": uneven, "micro_batch_tokens": 1},
     "no signal": {"beta": 0.0, "reward": alike},
     "logging": {"beta": 0.1, "reward": [logging_reward, lively], "rows": ROWS},
-    "reward model": {"beta": 0.1, "reward": "reward_model", "reward_batch_size": 3},
+    "reward model": {"beta": 0.1, "reward": "reward_model", "batch_size": 3, "reward_batch_size": 2},
+    "tied": {"beta": 0.2, "micro_batch_tokens": 40, "model": "tied"},
     "bf16": {"beta": 0.2, "bf16": True},
     "two prompts": {"beta": 0.1, "batch_size": 2, "num_generations": 3, "method": "rloo"},
 }
@@ -78,6 +79,15 @@ class Sharding(Accelerator):
             self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
 
+def tied() -> Any:
+    """A policy whose head is its embedding."""
+    model = calm_policy(1)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    return model
+
+
 def save_reward_model(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -94,7 +104,8 @@ def save_reward_model(folder: Path) -> None:
 
 def one_step(folder: Path, reward: Any = lively, **settings: Any) -> dict[str, Any]:
     """Returns the gradients of one step of SGD, the weights after it and what was recorded."""
-    trainer = make_trainer(folder, reward, model=calm_policy(1), **{"batch_size": 8, **settings})
+    policy = tied() if settings.pop("model", "") == "tied" else calm_policy(1)
+    trainer = make_trainer(folder, reward, model=policy, **{"batch_size": 8, **settings})
     learners = [trainer.policy, *([trainer.method.critic] if settings.get("method") == "ppo" else [])]
     gradients: list[Tensor] = []
     for learner in learners:

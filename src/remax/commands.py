@@ -46,6 +46,7 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig, options: con
     rewards = named_rewards(inputs, args.reward_timeout_seconds)
 
     from remax.doctor import quick_warnings
+    from remax.hub import PushFailed
     from remax.processes import leave_processes
     from remax.trainer import ReMaxTrainer
 
@@ -62,7 +63,7 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig, options: con
     )
     try:
         trainer.train()
-    except GuardStop:  # Then it is wanted most.
+    except (GuardStop, PushFailed):  # Of a run that was stopped the report is wanted most.
         if trainer.processes.is_main:
             _report(trainer.folder)
         raise

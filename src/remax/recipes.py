@@ -119,15 +119,16 @@ RECIPES = {
     ),
     "lora-24gb": Recipe(
         "A LoRA adapter for Qwen2.5-7B, with a reward model beside it, on one card of 24 GB.",
-        """data/train.jsonl and data/test.jsonl have a column prompt of messages, and reward/model is a reward
-        model of at most half a billion weights with a chat template. Weights are held in bfloat16; the
-        reference is the same model with the adapter off, so it takes no memory. `remax plan --config`
-        with this file and --device_memory 24GB tells what it takes, and what other sizes would.""",
+        """The prompts are messages, and reward/model is a reward model of at most half a billion weights with a
+        chat template, from `remax reward --model Qwen/Qwen2.5-0.5B-Instruct --train_dataset
+        trl-lib/ultrafeedback_binarized`. Weights are held in bfloat16; the reference is the same model
+        with the adapter off, so it takes no memory. `remax plan` with the same models and sizes and
+        --device_memory 24GB tells what it takes, and what other sizes would.""",
         {
             "model": "Qwen/Qwen2.5-7B-Instruct",
-            "train_dataset": "data/train.jsonl",
+            "train_dataset": "trl-lib/ultrafeedback-prompt",
             "reward_model": "reward/model",
-            "eval_dataset": "data/test.jsonl",
+            "eval_dataset": "trl-lib/ultrafeedback-prompt",
             "output_dir": "lora",
             "max_prompt_length": 512,
             "max_completion_length": 512,
@@ -144,6 +145,87 @@ RECIPES = {
             "use_peft": True,
             "lora_r": 32,
             "lora_alpha": 64,
+        },
+    ),
+    "reasoning-gym": Recipe(
+        "Qwen2.5-0.5B on puzzles that are generated and checked by reasoning-gym: no prompt comes twice.",
+        """data/train.jsonl and data/test.jsonl have generated questions as a column prompt (one message of a user)
+        and, in a column entry, what reasoning-gym needs to check an answer; rewards.py has a function
+        solved(completions, entry, **columns), which gives its score, from 0.0 to 1.0.""",
+        {
+            "model": "Qwen/Qwen2.5-0.5B-Instruct",
+            "train_dataset": "data/train.jsonl",
+            "reward_funcs": ["rewards.py:solved"],
+            "eval_dataset": "data/test.jsonl",
+            "output_dir": "puzzles",
+            "max_prompt_length": 512,
+            "system_prompt": "Think step by step, and put your final answer between <answer> and </answer>.",
+            "max_completion_length": 512,
+            "beta": 0.005,
+            "batch_size": 64,
+            "eval_steps": 50,
+            "num_train_epochs": 1.0,
+            "learning_rate": 1e-6,
+            "warmup_steps": 10,
+            "bf16": True,
+            "gradient_checkpointing": True,
+        },
+    ),
+    "several-rewards": Recipe(
+        "A reward model and two functions with weights: happy stories that neither repeat themselves nor break off.",
+        """model, reward/model and the openings are those of the recipe sentiment; rewards.py has the functions
+        variety and ending. The sum of the weighted rewards is what is maximised; each of them has a curve
+        of its own in the report.""",
+        {
+            "model": "models/tinystories-260k",
+            "train_dataset": "openings/train.jsonl",
+            "reward_model": "reward/model",
+            "reward_funcs": ["rewards.py:variety", "rewards.py:ending"],
+            "reward_weights": [1.0, 4.0, 2.0],
+            "eval_dataset": "openings/test.jsonl",
+            "output_dir": "several",
+            "logging_steps": 10,
+            "max_completion_length": 64,
+            "beta": 0.1,
+            "max_steps": 100,
+            "learning_rate": 3e-4,
+        },
+    ),
+    "reward-server": Recipe(
+        "A reward that another process or machine computes: the recipe sentiment with its reward model served.",
+        """model and the openings are those of the recipe sentiment, and `remax serve-reward reward/model` runs in
+        another terminal or on another machine, with the same REMAX_REWARD_TOKEN in the environment if it
+        has one; docs/reward-server.md has the protocol, for servers of your own.""",
+        {
+            "model": "models/tinystories-260k",
+            "train_dataset": "openings/train.jsonl",
+            "reward_url": "http://127.0.0.1:8000",
+            "eval_dataset": "openings/test.jsonl",
+            "output_dir": "served",
+            "reward_timeout_seconds": 60.0,
+            "logging_steps": 10,
+            "max_completion_length": 64,
+            "beta": 0.1,
+            "max_steps": 100,
+            "learning_rate": 3e-4,
+        },
+    ),
+    "custom-engine": Recipe(
+        "The recipe sentiment with a rollout engine of your own, from a short Python script.",
+        """model, reward/model and the openings are those of the recipe sentiment. `remax train` reads this file too,
+        but an engine is an argument of ReMaxTrainer: train.py passes one, and takes everything else from
+        here.""",
+        {
+            "model": "models/tinystories-260k",
+            "train_dataset": "openings/train.jsonl",
+            "reward_model": "reward/model",
+            "eval_dataset": "openings/test.jsonl",
+            "output_dir": "custom",
+            "logging_steps": 10,
+            "max_completion_length": 64,
+            "beta": 0.1,
+            "max_steps": 100,
+            "learning_rate": 3e-4,
         },
     ),
 }

@@ -30,7 +30,7 @@ def run_init(args: InitConfig) -> None:
     if args.recipe is None:
         print("Recipes for `remax init RECIPE`:\n")
         for name, recipe in RECIPES.items():
-            print(f"  {name:12} {recipe.summary}")
+            print(f"  {name:15} {recipe.summary}")
         return
     if args.recipe not in RECIPES:
         close = difflib.get_close_matches(args.recipe, RECIPES, n=1)

@@ -12,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from remax.assembly import assemble
 from remax.batching import PromptOrder
+from remax.callbacks import checked_callbacks
+from remax.cards import policy_card
 from remax.checkpoint.session import Session
 from remax.checkpoint.state import fingerprints
 from remax.compilation import compile_layers
@@ -20,7 +22,9 @@ from remax.config import ReMaxConfig
 from remax.errors import GuardStop, Interrupted, UserError
 from remax.evaluate import Evaluation, check_gold, evaluate_policy, load_gold
 from remax.guards.watch import Guards
+from remax.hub import find_destination, push
 from remax.interfaces import Prompt, RolloutEngine
+from remax.launch import check_launcher
 from remax.learner import Learner
 from remax.logprobs import CompletionScorer
 from remax.meters import PhaseMeter
@@ -30,24 +34,11 @@ from remax.plan import base_bytes, describe_peaks
 from remax.plan.device import free_main_memory
 from remax.processes import join_processes
 from remax.progress import NoView, View, default_view
-from remax.recording import RunFolder, model_card
+from remax.provenance import record_start
+from remax.recording import RunFolder
 from remax.saving import save_model
+from remax.trackers import Trackers
 
-SHOWN_OF_SETTINGS = (
-    *("method", "train_dataset", "reward_model", "reward_funcs", "batch_size", "num_generations", "learning_rate"),
-    *("beta", "kl_mode"),
-    *("max_completion_length", "temperature", "top_p", "top_k", "seed"),
-)
-"""What the model card lists; config.yaml has everything."""
-METHOD_NAMES = {
-    "remax": "ReMax (REINFORCE with the reward of the greedy completion as baseline, "
-    "[arXiv 2310.10505](https://arxiv.org/abs/2310.10505))",
-    "reinforce": "REINFORCE",
-    "rloo": "RLOO (REINFORCE with a leave-one-out baseline)",
-    "grpo": "GRPO",
-    "dr_grpo": "Dr. GRPO",
-    "ppo": "PPO",
-}
 SHOWN_OF_EVALUATION = ("reward", "reward/greedy", "gold", "kl", "completions/mean_length")
 
 
@@ -99,12 +90,18 @@ class ReMaxTrainer:
             UserError: a setting, dataset, model or reward cannot be used; nothing was written.
         """
         self.args = args or ReMaxConfig()
+        check_launcher(self.args)
+        self.callbacks = checked_callbacks(callbacks)
         self.processes = processes = join_processes()
         self.folder = processes.together(
             lambda: RunFolder(self.args.output_dir, resumes=self.args.resume != "none", writes=processes.is_main)
         )
         compared = run_config or dataclasses.asdict(self.args)
         self.session = Session(self.folder, self.args, compared, free_memory=free_main_memory, processes=self.processes)
+        self.destination = processes.on_main(lambda: find_destination(self.args, self.folder.path))
+        self.trackers = processes.together(
+            lambda: Trackers(self.args, self.folder, say=lambda line: self.view.note(line))
+        )
         set_seed(self.args.seed)
         gold = gold_reward_funcs if isinstance(gold_reward_funcs, list | tuple) else [gold_reward_funcs]
         gold = [function for function in gold if function is not None]
@@ -139,7 +136,6 @@ class ReMaxTrainer:
         parts.shard_frozen(self.policy.module)
         self.run_config = run_config or {"model": parts.model_name, **dataclasses.asdict(self.args)}
         self.view = view or (default_view() if processes.is_main else NoView())
-        self.callbacks = list(callbacks or [])
         self._make_records()
         self._notify("on_init_end")
 
@@ -209,14 +205,18 @@ class ReMaxTrainer:
                 the first step is done, nothing stays written.
             GuardStop: a guard stopped the run, whose state is saved.
             Interrupted: Ctrl-C or SIGTERM came; the step was finished, the state is saved.
+            PushFailed: all is done and written, but args.push_to_hub did not work.
         """
         if self.session.finished:
             self.view.note(f"The run in {self.folder.path} is finished: nothing is left to do.")
+            self._push()
             return self.session.last_metrics()
         self.session.begin(self.run_config)
         try:
             metrics = self.session.restore(self)
-            self.accelerator.init_trackers("tensorboard", config=_scalars(self.run_config))
+            step, number = self.state.global_step, self.accelerator.num_processes
+            self.processes.on_main(lambda: record_start(self.folder, step, num_processes=number))
+            self.processes.on_main(self._start_trackers)
             self._notify("on_train_begin")
             self.session.restore_generators()
             if not self._is_evaluated:  # At the beginning, or since a guard stopped the run while it was.
@@ -239,11 +239,13 @@ class ReMaxTrainer:
                     self.session.save_before_stop(self, ended=self._ended)
             finally:
                 # A second Ctrl-C does not wait for a checkpoint that is being written.
-                self._close(at_once=isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted))
+                at_once = isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted)
+                self._close(error, at_once=at_once)
             if self.state.global_step == 0:
                 self.folder.discard()
             raise
         self._close()
+        self._push()
         return metrics
 
     @property
@@ -267,11 +269,10 @@ class ReMaxTrainer:
         self.session.writer.wait()
         return self.session.last_checkpoint()
 
-    def _close(self, *, at_once: bool = False) -> None:
+    def _close(self, error: BaseException | None = None, *, at_once: bool = False) -> None:
         try:
             self.view.stop()
-            for tracker in self.accelerator.trackers:  # Not end_training: afterwards processes could not talk any more.
-                tracker.finish()
+            self.trackers.finish(error)
         finally:
             self.session.end(at_once=at_once)
 
@@ -288,18 +289,16 @@ class ReMaxTrainer:
 
     def save_model(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format, adapters merged, with its tokenizer and a model card."""
-        name, settings = self.parts.model_name, self.run_config
-        shown = {key: settings[key] for key in SHOWN_OF_SETTINGS if settings.get(key) not in (None, [])}
-        lines = [
-            f"`{name}` trained for {self.state.global_step} steps with {METHOD_NAMES[self.args.method]} by remax. "
-            f"Rewards: {', '.join(function.name for function in self.parts.reward_functions)}.",
-            "",
-            "| setting | value |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in shown.items()),
-        ]
-        title = f"Model after {METHOD_NAMES[self.args.method].split(' (')[0]}"
-        card = model_card(base_model=name, title=title, lines=lines)
+        rewards = [function.name for function in self.parts.reward_functions]
+        card = policy_card(
+            self.parts.model_name,
+            self.args.method,
+            rewards,
+            self.run_config,
+            self.state.global_step,
+            curve=self.folder.read("metrics.jsonl"),
+            evaluations=self.folder.read("eval.jsonl"),
+        )
         stops = self.parts.sampling.eos_token_ids
         save_model(
             self.parts.policy,
@@ -309,6 +308,18 @@ class ReMaxTrainer:
             card=card,
             on_main=lambda write: self.processes.on_main(lambda: self._write(folder.name, write)),
         )
+
+    def _push(self) -> None:
+        """Uploads the final model, if that is wanted."""
+        if self.destination is None or not self.save_final_model:
+            return
+        destination, message = self.destination, f"Model after {self.max_steps} steps with {self.args.method}"
+        address = self.processes.on_main(lambda: push(self.folder.model, destination, message=message))
+        self.view.note(f"The model is at {address}.")
+
+    def _start_trackers(self) -> None:
+        step = self.state.global_step
+        self.trackers.start(self.accelerator, self.run_config, step=step, max_steps=self.max_steps)
 
     def _write(self, name: str, write: Callable[[], None]) -> None:
         with self.folder.writing(name):
@@ -352,6 +363,8 @@ class ReMaxTrainer:
         self._notify("on_step_end", num_tokens=self.num_tokens)
         measured = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._log(measured)
+        if self.args.log_completions:
+            self.trackers.log_completions(lambda: completion_records(record, step), step)
         if step % self.args.logging_steps == 0 or step == self.max_steps:
             self.view.update(measured, record.rollout.samples[0])
         self._tell(self.guards.after_step(record, metrics))
@@ -386,6 +399,8 @@ class ReMaxTrainer:
         step = self.state.global_step
         evaluation = self.evaluate()
         metrics = {f"eval/{name}": value for name, value in evaluation.means().items()}
+        if self.args.log_completions:
+            self.folder.append("eval_completions.jsonl", evaluation.records(step))
         self.folder.append("eval.jsonl", [{"step": step, **metrics}])
         shown = (f"{name} {metrics[f'eval/{name}']:.3g}" for name in SHOWN_OF_EVALUATION if f"eval/{name}" in metrics)
         self.view.note(f"evaluation after step {step}: {'  '.join(shown)}")
@@ -406,7 +421,7 @@ class ReMaxTrainer:
                 self.save_model(self.folder.best_model)
 
     def _log(self, metrics: Mapping[str, float]) -> None:
-        self.accelerator.log(dict(metrics), step=self.state.global_step)
+        self.trackers.log(metrics, self.state.global_step)
         self.state.log_history.append({**metrics, "step": self.state.global_step})
         self._notify("on_log", logs=dict(metrics))
 
@@ -422,8 +437,3 @@ class ReMaxTrainer:
                 lr_scheduler=self.policy.scheduler,
                 **kwargs,
             )
-
-
-def _scalars(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings with everything that a tracker cannot take as a hyper-parameter turned into text."""
-    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}

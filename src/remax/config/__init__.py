@@ -20,11 +20,17 @@ from remax.config.groups import (
     StageOptions,
 )
 from remax.config.guards import GuardOptions, ReplayConfig
+from remax.config.init import CompletionConfig, InitConfig
 from remax.config.inputs import ChatInputs, EvaluateInputs, StageInputs, TrainInputs
 from remax.config.lab import LabConfig, LabInputs
+from remax.config.launch import LaunchOptions
 from remax.config.objective import ObjectiveOptions, PPOOptions
 from remax.config.plan import PlanConfig, PlanInputs
+from remax.config.report import ReportConfig
 from remax.config.serve import ServeConfig, ServeInputs
+from remax.config.sharing import SharingOptions
+from remax.config.vllm import ServeVLLMConfig, ServeVLLMInputs, VLLMOptions
+from remax.config.winrate import WinrateConfig, WinrateInputs
 
 __all__ = [
     "ChatConfig",
@@ -32,13 +38,16 @@ __all__ = [
     "CheckpointOptions",
     "CompareConfig",
     "CompareInputs",
+    "CompletionConfig",
     "DPOConfig",
     "DoctorOptions",
     "EvaluateConfig",
     "EvaluateInputs",
     "GuardOptions",
+    "InitConfig",
     "LabConfig",
     "LabInputs",
+    "LaunchOptions",
     "ModelOptions",
     "ObjectiveOptions",
     "OptimiserOptions",
@@ -50,13 +59,20 @@ __all__ = [
     "PromptOptions",
     "ReMaxConfig",
     "ReplayConfig",
+    "ReportConfig",
     "RewardConfig",
     "SFTConfig",
     "SamplingOptions",
     "ScoringOptions",
     "ServeConfig",
     "ServeInputs",
+    "ServeVLLMConfig",
+    "ServeVLLMInputs",
+    "SharingOptions",
     "StageInputs",
     "StageOptions",
     "TrainInputs",
+    "VLLMOptions",
+    "WinrateConfig",
+    "WinrateInputs",
 ]

@@ -20,11 +20,14 @@ from remax.config.groups import (
 )
 from remax.config.guards import GuardOptions
 from remax.config.objective import ObjectiveOptions, PPOOptions
+from remax.config.sharing import SharingOptions
+from remax.config.vllm import VLLMOptions
 
 
 @dataclass(frozen=True)
 class ReMaxConfig(
     OutputOptions,
+    SharingOptions,
     CheckpointOptions,
     DatasetOptions,
     PromptOptions,
@@ -38,6 +41,7 @@ class ReMaxConfig(
     PlacementOptions,
     GuardOptions,
     PPOOptions,
+    VLLMOptions,
 ):
     """Settings of `remax train` and of ReMaxTrainer."""
 

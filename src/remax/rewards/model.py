@@ -83,9 +83,10 @@ class RewardModel:
         fitting.sort(key=len)
         with self.placed.on_device():
             batches = [fitting[start : start + self.batch_size] for start in range(0, len(fitting), self.batch_size)]
+            num_passes = self.num_passes(len(batches))  # Before the first one: in a pass nothing else can be exchanged.
             for batch in batches:
                 rewards.update(zip(batch, self._score_batch(batch).tolist(), strict=True))
-            for _ in range(len(batches), self.num_passes(len(batches))):
+            for _ in range(len(batches), num_passes):
                 self._score_batch([(self.pad_token_id,)])
         self.model.train(was_training)
         self._count_overlong(len(rewards) - len(fitting))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from remax.batching import collate
+from remax.cards import public_name
 from remax.config import DPOConfig
 from remax.interfaces import Completion, Prompt, Sampling
 from remax.logprobs import CompletionScorer
@@ -112,7 +113,10 @@ def run_dpo(
 
     _, model, loss = train(make_trainer, model, run, config, settings)
     metrics = {"loss": loss}
-    lines = [f"`{base_name}` after direct preference optimisation on {len(train_pairs)} pairs, beta {config.beta}."]
+    name = public_name(base_name)
+    lines = [
+        f"<code>{name}</code> after direct preference optimisation on {len(train_pairs)} pairs, beta {config.beta}."
+    ]
     if eval_pairs is None:
         say("No --eval_dataset was given: nothing held-out was measured.")
     else:

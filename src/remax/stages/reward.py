@@ -11,7 +11,7 @@ import trl
 from accelerate import PartialState
 from peft import PeftModel
 
-from remax.cards import model_card
+from remax.cards import model_card, public_name
 from remax.config import RewardConfig
 from remax.errors import UserError
 from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model
@@ -105,8 +105,9 @@ def run_reward(
         write_evaluation(folder, quality)
         say(_summary(quality))
     if PartialState().is_main_process:
+        name = public_name(base_name)
         lines = [
-            f"`{base_name}` with one output, trained on {len(train_pairs.chosen_ids)} pairs of texts.",
+            f"<code>{name}</code> with one output, trained on {len(train_pairs.chosen_ids)} pairs of texts.",
             "A finished text is scored with its EOS token.",
             *([_summary(quality)] if eval_pairs is not None else []),
         ]

@@ -8,6 +8,7 @@ import torch
 import transformers
 import trl
 
+from remax.cards import public_name
 from remax.config import SFTConfig
 from remax.data import check_columns
 from remax.data.records import check_format
@@ -89,7 +90,9 @@ def run_sft(
         metrics |= {f"eval/{name}": value for name, value in quality.items()}
         write_evaluation(folder, quality)
         say(f"Held-out: loss {eval_loss:.4f} nats per token, perplexity {quality['perplexity']:.2f}.")
-    lines = [f"`{base_name}` after supervised fine-tuning on {len(trainer.train_dataset)} examples."]
+    lines = [
+        f"<code>{public_name(base_name)}</code> after supervised fine-tuning on {len(trainer.train_dataset)} examples."
+    ]
     save_policy(model, tokenizer, stop_ids, folder, base_name=base_name, title="Fine-tuned model", lines=lines)
     return metrics
 
