@@ -255,9 +255,10 @@ def test_a_step_without_a_loss_is_the_step_of_a_loss_of_zero(optim: Any, max_gra
     models = []
     for zero in (True, False):
         model, taught = learner(optim, max_grad_norm=max_grad_norm)
-        taught.update([taught.network(inputs).square().sum()])
+        taught.update([taught.network(inputs).square().sum()], 1)
         before = model.weight.detach().clone()
-        assert taught.update([0.0 * taught.network(inputs).sum()] if zero else []) == 0.0
+        losses = [0.0 * taught.network(inputs).sum()] if zero else []
+        assert taught.update(losses, len(losses)) == 0.0
         assert not torch.equal(before, model.weight), "momentum and decay go on"
         assert all(p.grad is None for p in model.parameters())
         models.append(model)
@@ -270,7 +271,7 @@ def test_rate_of_8bit_follows_the_schedule_through_accelerate(eager: None) -> No
     for _ in range(4):
         rates.append(taught.learning_rate)
         assert float(taught.optimizer.param_groups[0]["lr"]) == pytest.approx(rates[-1])
-        taught.update([taught.network(torch.ones(1, 64)).sum()])
+        taught.update([taught.network(torch.ones(1, 64)).sum()], 1)
         taught.scheduler.step()
     assert rates == pytest.approx([0, 5e-3, 1e-2, 1e-2 * 7 / 8])
 
@@ -279,7 +280,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing() -> None:
     model, taught = learner("adamw_torch_fused")
     before = model.weight.detach().clone()
     with pytest.raises(NotFinite, match="the loss is not finite"):
-        taught.update([math.inf * taught.network(torch.ones(1, 64)).sum()])
+        taught.update([math.inf * taught.network(torch.ones(1, 64)).sum()], 1)
     assert torch.equal(before, model.weight)
 
 

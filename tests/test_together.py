@@ -1,5 +1,6 @@
 """Several processes on one step: the same as one process, whatever each of them has to do."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import torch
 import together
 from toy_training import read
 
-pytestmark = pytest.mark.xdist_group("together")  # Two processes start once, not once for every worker.
 FOLDER = Path(__file__).parent
 STEPS = [f"{kind}: {name}" for kind in ("ddp", "fsdp2") for name in together.SETTINGS]
 TRAINED = ("remax", "ppo", "lora")
@@ -31,14 +31,27 @@ def torchrun(*arguments: str, num_processes: int = 2, **options: Any) -> subproc
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes have done everything, after one alone had begun what they go on with."""
-    folder = tmp_path_factory.mktemp("together")
+    """Where two processes have done everything, after one alone had begun what they go on with.
+
+    Several workers of pytest share it: the first one makes it, and the others wait.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "together"
+    with (root / "together.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
+def make(folder: Path) -> None:
     together.save_reward_model(folder / "reward_model")
     for name in TRAINED:
         together.run(folder, f"alone: {name} to 2 in alone_{name}")
+        together.run(folder, f"alone: {name} to 4 in whole_{name}")
     done = torchrun("together.py", str(folder), *STEPS, *BEGUN, *CONTINUED, cwd=FOLDER)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +99,7 @@ def test_cases_are_what_they_are_named_for(alone: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_run_goes_on_with_another_number_of_processes(folder: Path, results: dict[str, Any], name: str) -> None:
-    whole = together.run(folder, f"alone: {name} to 4 in whole_{name}")["weights"]
+    whole = together.run(folder, f"alone: {name} to 4 in {name}_at_once")["weights"]
     others = {f"from one to two, {name}": results[f"fsdp2: {name} to 4 in alone_{name}"]["weights"]}
     for kind in ("ddp", "fsdp2"):
         begun = folder / f"{kind}_{name}"

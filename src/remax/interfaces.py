@@ -5,9 +5,10 @@ Ragged data stay Python lists; whoever needs a batch pads it for its own device 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:  # The processes of reward functions start without it.
+    from torch import Tensor
 
 Message = dict[str, Any]
 
@@ -102,7 +103,7 @@ class RolloutEngine(Protocol):
 class EngineWithWeights(Protocol):
     """What a RolloutEngine has beside if its weights are not the policy's own tensors."""
 
-    def take(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def take(self, weights: "Iterable[tuple[str, Tensor]]", version: int) -> None:
         """Takes the policy's weights for the rollouts that come; called before each of them, in every process.
 
         weights: by the names that they are saved under, adapters merged; each is made when it is asked for, and all of
