@@ -279,7 +279,7 @@ def test_fsdp2_needs_a_gpu() -> None:
         ("ACCELERATE_USE_DEEPSPEED", "true", {"method": "ppo"}, "--method is ppo"),
         ("ACCELERATE_USE_DEEPSPEED", "true", {"optim": "adamw_torch_8bit"}, "--optim is adamw_torch_8bit"),
         ("ACCELERATE_USE_DEEPSPEED", "true", {"optim": "adafactor"}, "--optim is adafactor"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", {"bf16": True}, "--bf16 is true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", {"bf16": True}, None),
     ],
 )
 def test_no_setting_is_overruled_silently(

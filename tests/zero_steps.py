@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "after one that is not finite": {"beta": 0.2, "micro_batch_tokens": 40},
     "clipped": {"beta": 0.1, "max_grad_norm": 0.01},
     "lora": {"beta": 0.2, "use_peft": True, "lora_r": 2, "micro_batch_tokens": 40},
+    "bf16": {"beta": 0.2, "bf16": True},
     "no signal": {"beta": 0.0, "kl_mode": "none"},
 }
 BY_ZERO = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"

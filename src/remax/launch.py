@@ -257,11 +257,6 @@ def _check_deepspeed(args: ReMaxConfig) -> None:
             f"--method is ppo: its value model is a second network, and DeepSpeed (ZeRO-{stage}) takes one; set "
             "--accelerate_config fsdp2 or ddp, or --method remax."
         )
-    if args.bf16:
-        raise UserError(
-            f"--bf16 is true: DeepSpeed (ZeRO-{stage}) would hold the policy's weights in bfloat16 and leave out "
-            "autocast, on which remax relies; set --accelerate_config fsdp2 or ddp, or leave --bf16 out."
-        )
     if args.optim in ("adamw_torch_8bit", "adafactor"):
         raise UserError(
             f"--optim is {args.optim}: it looks at matrices, of which DeepSpeed (ZeRO-{stage}) makes one long vector; "

@@ -41,6 +41,10 @@ def configure(accelerator: Accelerator, max_grad_norm: float) -> None:
     config["gradient_clipping"] = max_grad_norm
     # It only counts samples with these; the learner says where a step ends.
     config["train_micro_batch_size_per_gpu"] = config["gradient_accumulation_steps"] = 1
+    if accelerator.mixed_precision == "bf16":
+        # By itself it would hold the weights in bfloat16, and Accelerate leave autocast out.
+        config["bf16"] = {"enabled": False}
+        accelerator.native_amp = True
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------
