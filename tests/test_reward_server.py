@@ -326,7 +326,7 @@ def test_other_machines_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
             assert ask(server, GOOD)[0] == 200
     monkeypatch.setenv("REMAX_REWARD_TOKEN", "s3cret")
     with running(host="0.0.0.0") as server:
-        assert server.token == "s3cret"
+        assert server.secret == "s3cret"
 
 
 def test_a_taken_port_is_a_mistake() -> None:

@@ -1,24 +1,19 @@
 """The reference server of the protocol in docs/reward-server.md: `remax serve-reward`."""
 
 import contextlib
-import hmac
-import ipaddress
 import json
 import math
-import signal
-import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from remax.errors import UserError
 from remax.interfaces import Completion, Message, Prompt, RewardFunction
 from remax.rewards import ProgrammedReward, score
 from remax.rewards.remote import PROTOCOL_VERSION, TOKEN_VARIABLE, read_token, shut_after
+from remax.serving import JSON, GuardedHandler, GuardedServer, Refusal, ended_by_signals
 from remax.untrusted import printable, shown
 
 MAX_REQUEST_BYTES = 64 * 2**20
@@ -45,21 +40,11 @@ def scorer(functions: Sequence[RewardFunction], weights: Sequence[float]) -> Sco
     return total
 
 
-class Refusal(Exception):
-    """A request is answered with an error; the message is its reason, in one line."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
-class RewardServer(ThreadingHTTPServer):
+class RewardServer(GuardedServer):
     """Scores what clients send, one request after the other.
 
     server_address tells where it listens, serve_forever serves, shutdown (from another thread) ends that.
     """
-
-    daemon_threads = True
 
     def __init__(
         self,
@@ -76,30 +61,11 @@ class RewardServer(ThreadingHTTPServer):
             UserError: it cannot listen there, or another machine could ask without a token.
         """
         self.score = score
-        self.token = read_token()
         self.max_request_bytes = max_request_bytes
         self.seconds_to_send = seconds_to_send
         self.scoring = threading.Lock()
         self.free = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        if self.token is None and not _is_loopback(host):
-            raise UserError(
-                f"--host is {shown(host)}: everybody who reaches this machine could use the server; set the "
-                f"environment variable {TOKEN_VARIABLE} here and where the training runs, or --host 127.0.0.1."
-            )
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            raise UserError(
-                f"--host is {shown(host)} and --port {port}: the server cannot listen there ({shown(error)}); set "
-                "others."
-            ) from None
-
-    @property
-    def url(self) -> str:
-        """Where clients find it."""
-        host, port = self.server_address[:2]
-        return f"http://[{host!s}]:{port}" if self.address_family == socket.AF_INET6 else f"http://{host!s}:{port}"
+        super().__init__(_Handler, host, port, secret=read_token(), variable=TOKEN_VARIABLE)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serves a client in a thread, unless there are too many."""
@@ -117,50 +83,26 @@ class RewardServer(ThreadingHTTPServer):
         finally:
             self.free.release()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says in a line what broke a connection: most often the client left."""
-        print(f"A connection broke ({shown(sys.exc_info()[1])}).", file=sys.stderr, flush=True)
-
 
 def serve(server: RewardServer) -> None:
     """Serves until Ctrl-C or SIGTERM. To be called in the main thread."""
 
-    def stop(*_: Any) -> None:
+    def stop() -> None:
         threading.Thread(target=server.shutdown, daemon=True).start()
 
-    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        print(f"Rewards are served at {server.url}; set --reward_url {server.url}. Ctrl-C ends it.", flush=True)
-        server.serve_forever(poll_interval=0.1)
+        with ended_by_signals(stop):
+            print(f"Rewards are served at {server.url}; set --reward_url {server.url}. Ctrl-C ends it.", flush=True)
+            server.serve_forever(poll_interval=0.1)
     finally:
         server.server_close()
-        for number, handler in former.items():
-            signal.signal(number, handler)
     print("The server has ended.", flush=True)
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _names_loopback(host: str) -> bool:
-    """Whether a Host header, with or without a port, is a name of this machine for itself."""
-    try:
-        return _is_loopback(urlsplit(f"//{host.strip()}").hostname or "")
-    except ValueError:
-        return False
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(GuardedHandler):
     """One request of one client."""
 
     server: RewardServer
-    server_version, sys_version = "remax", ""
 
     def setup(self) -> None:
         super().setup()
@@ -172,43 +114,26 @@ class _Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def do_GET(self) -> None:
-        with self._refusals():
-            self._check_client()
-            if self.path != "/health":
-                raise Refusal(404, "there are only GET /health and POST /score")
-            self._reply(200, {"status": "ok", "version": PROTOCOL_VERSION})
+        self.answer(self._health)
 
     def do_POST(self) -> None:
-        with self._refusals():
-            self._check_client()
-            if self.path != "/score":
-                raise Refusal(404, "there are only GET /health and POST /score")
-            completions = parse_request(self._body())
-            self._reply(200, {"version": PROTOCOL_VERSION, "rewards": self._score(completions)})
+        self.answer(self._rewards)
 
-    def _check_client(self) -> None:
-        token = self.server.token
-        # A web page whose own name was made to lead to 127.0.0.1 (DNS rebinding) has no token, and sends that name.
-        if token is None and not all(map(_names_loopback, self.headers.get_all("Host", []))):
-            raise Refusal(403, "the Host header is neither localhost nor a loopback address, and there is no token")
-        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
-        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise Refusal(401, "the token is missing or wrong")
+    def _health(self) -> dict[str, Any]:
+        if self.path != "/health":
+            raise Refusal(404, "there are only GET /health and POST /score")
+        return {"status": "ok", "version": PROTOCOL_VERSION}
+
+    def _rewards(self) -> dict[str, Any]:
+        if self.path != "/score":
+            raise Refusal(404, "there are only GET /health and POST /score")
+        return {"version": PROTOCOL_VERSION, "rewards": self._score(parse_request(self._body()))}
 
     def _body(self) -> bytes:
-        # A web page may send other types to 127.0.0.1 without asking the browser's user.
-        if self.headers.get_content_type() != "application/json":
-            raise Refusal(415, "the Content-Type is not application/json")
-        length = self.headers.get("Content-Length")
-        if length is None:
-            raise Refusal(411, "there is no Content-Length")
-        if not (length.isascii() and length.isdigit() and len(length) < 20):
-            raise Refusal(400, "the Content-Length is no number")
-        if int(length) > self.server.max_request_bytes:
-            raise Refusal(413, f"the request is longer than {self.server.max_request_bytes} bytes")
-        body = self.rfile.read(int(length))
+        length = self.content_length(JSON, self.server.max_request_bytes)
+        body = self.rfile.read(length)
         self.receiving.close()
-        if len(body) < int(length):
+        if len(body) < length:
             raise Refusal(408, "the request did not arrive in time and in full")
         return body
 
@@ -223,32 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(500, "scoring failed; the server's log says why") from None
         return [reward if math.isfinite(reward) else None for reward in rewards]
 
-    @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except Refusal as refusal:
-            self.send_error(refusal.status, str(refusal))
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Replies with an error, as JSON."""
-        reason = shown(message or self.responses.get(code, ("error",))[0], 400)
-        print(f"Refused a request with {code}: {reason}.", file=sys.stderr, flush=True)
-        self._reply(code, {"error": reason})
-
-    def _reply(self, status: int, content: dict[str, Any]) -> None:
+    def reply(self, status: int, content: dict[str, Any]) -> None:
+        """Replies with JSON, in time."""
         self.receiving.close()
-        body = json.dumps(content, allow_nan=False).encode()
         with shut_after(self.connection, self.server.seconds_to_send):
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-        self.close_connection = True
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Logs nothing of requests that are served."""
+            super().reply(status, content)
 
 
 def parse_request(body: bytes) -> list[Completion]:

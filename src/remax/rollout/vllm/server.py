@@ -8,48 +8,36 @@
 A stamp names the weights of one run at one version. Rows are drawn with the weights that they ask for, or not at all.
 """
 
-import contextlib
-import hmac
-import ipaddress
 import json
 import re
 import shutil
-import signal
-import socket
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from remax.config.vllm import KEY_VARIABLE, ServeVLLMConfig, read_key
 from remax.errors import UserError
 from remax.interfaces import Sampling
-from remax.rollout.vllm.client import JSON, PROTOCOL_VERSION, TENSORS
+from remax.rollout.vllm.client import PROTOCOL_VERSION, TENSORS
 from remax.rollout.vllm.drawing import Drawing, OtherWeights
 from remax.rollout.vllm.engine import Request, describe_model
 from remax.rollout.vllm.local import LocalVLLM, make_llm
+from remax.serving import JSON, GuardedHandler, GuardedServer, Refusal, ended_by_signals
 from remax.untrusted import printable, shown
 
 STAMP = re.compile(r"[0-9a-f]{8,64}-[0-9]{1,18}")
 WEIGHTS = re.compile(rf"/weights/({STAMP.pattern})/([1-9][0-9]{{0,5}})")
 MAX_REQUEST_BYTES = 256 * 2**20
-"""Of JSON; weights are limited by the disk."""
+"""Of JSON."""
+MAX_WEIGHT_BYTES = 2**50
+"""Of a part of the weights: the disk is the limit."""
 PIECE_BYTES = 2**20
 SECONDS_OF_SILENCE = 60.0
 """How long a client may send or take nothing."""
-
-
-class Refusal(Exception):
-    """A request is answered with an error; the message is its reason, in one line."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 def run_server(model: str, args: ServeVLLMConfig) -> None:
@@ -69,10 +57,9 @@ def run_server(model: str, args: ServeVLLMConfig) -> None:
         server.close()
 
 
-class VLLMServer(ThreadingHTTPServer):
+class VLLMServer(GuardedServer):
     """Listens from the start; answers when it is given a model, with `serve`."""
 
-    daemon_threads = True
     drawing: Drawing
     health: dict[str, Any]
 
@@ -82,29 +69,10 @@ class VLLMServer(ThreadingHTTPServer):
         Raises:
             UserError: it cannot listen there, or another machine could ask without a key.
         """
-        self.key = read_key()
-        if self.key is None and not _is_loopback(host):
-            raise UserError(
-                f"--host is {shown(host)}: everybody who reaches this machine could use the server and replace its "
-                f"weights; set the environment variable {KEY_VARIABLE} here and where the training runs, or --host "
-                "127.0.0.1."
-            )
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            raise UserError(
-                f"--host is {shown(host)} and --port {port}: the server cannot listen there ({shown(error)}); set "
-                "others."
-            ) from None
+        danger = "use the server and replace its weights"
+        super().__init__(_Handler, host, port, secret=read_key(), variable=KEY_VARIABLE, danger=danger)
         self.folder = Path(tempfile.mkdtemp(prefix="remax-vllm-"))
         """Where weights arrive."""
-
-    @property
-    def url(self) -> str:
-        """Where clients find it."""
-        host, port = self.server_address[:2]
-        return f"http://[{host!s}]:{port}" if self.address_family == socket.AF_INET6 else f"http://{host!s}:{port}"
 
     def begin(self, llm: Any) -> Drawing:
         """Answers from now on, in threads of its own; returns what has to draw, by `run`."""
@@ -125,18 +93,16 @@ class VLLMServer(ThreadingHTTPServer):
             UserError: vLLM broke.
         """
         drawing = self.begin(llm)
-        former = {n: signal.signal(n, lambda *_: drawing.stop()) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            print(f"vLLM serves at {self.url}; set --rollout_engine vllm --vllm_mode server ", end="")
-            print(f"--vllm_server_base_url {self.url}. Ctrl-C ends it.", flush=True)
-            drawing.run()
+            with ended_by_signals(drawing.stop):
+                print(f"vLLM serves at {self.url}; set --rollout_engine vllm --vllm_mode server ", end="")
+                print(f"--vllm_server_base_url {self.url}. Ctrl-C ends it.", flush=True)
+                drawing.run()
         except Exception as error:
             print(printable(traceback.format_exc()), file=sys.stderr)
             raise UserError(f"vLLM broke ({shown(error, 200)}): the server has ended; start it again.") from error
         finally:
             self.shutdown()
-            for number, handler in former.items():
-                signal.signal(number, handler)
         print("The server has ended.", flush=True)
 
     def close(self) -> None:
@@ -144,67 +110,49 @@ class VLLMServer(ThreadingHTTPServer):
         self.server_close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says in a line what broke a connection: most often the client left."""
-        print(f"A connection broke ({shown(sys.exc_info()[1])}).", file=sys.stderr, flush=True)
 
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _names_loopback(host: str) -> bool:
-    """Whether a Host header, with or without a port, is a name of this machine for itself."""
-    try:
-        return _is_loopback(urlsplit(f"//{host.strip()}").hostname or "")
-    except ValueError:
-        return False
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(GuardedHandler):
     """One request of one client."""
 
     server: VLLMServer
-    server_version, sys_version = "remax", ""
+    secret_name = "key"
     timeout = SECONDS_OF_SILENCE
 
     def do_GET(self) -> None:
-        with self._refusals():
-            self._check_client()
-            if self.path != "/health":
-                raise Refusal(404, "there is no such address")
-            self._reply(200, {"version": PROTOCOL_VERSION, "holds": self.server.drawing.holds, **self.server.health})
+        self.answer(self._health)
 
     def do_PUT(self) -> None:
-        with self._refusals():
-            self._check_client()
-            match = WEIGHTS.fullmatch(self.path)
-            if match is None:
-                raise Refusal(404, "there is no such address")
-            length = self._length(TENSORS)
-            path = self.server.folder / match[1] / f"{int(match[2]):06}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            with path.open("wb") as file:
-                while length > 0:
-                    piece = self.rfile.read(min(length, PIECE_BYTES))
-                    if not piece:
-                        raise Refusal(400, "the weights did not arrive in full")
-                    _write(file, piece)
-                    length -= len(piece)
-            self._reply(200, {})
+        self.answer(self._take_weights)
 
     def do_POST(self) -> None:
-        with self._refusals():
-            self._check_client()
-            if self.path not in ("/draw", "/load"):
-                raise Refusal(404, "there is no such address")
-            content = self._content()
-            self._reply(200, self._draw(content) if self.path == "/draw" else self._load(content))
+        self.answer(lambda: self._method()(self._content()))
+
+    def _method(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        methods = {"/draw": self._draw, "/load": self._load}
+        if self.path not in methods:
+            raise Refusal(404, "there is no such address")
+        return methods[self.path]
+
+    def _health(self) -> dict[str, Any]:
+        if self.path != "/health":
+            raise Refusal(404, "there is no such address")
+        return {"version": PROTOCOL_VERSION, "holds": self.server.drawing.holds, **self.server.health}
+
+    def _take_weights(self) -> dict[str, Any]:
+        match = WEIGHTS.fullmatch(self.path)
+        if match is None:
+            raise Refusal(404, "there is no such address")
+        length = self.content_length(TENSORS, MAX_WEIGHT_BYTES)
+        path = self.server.folder / match[1] / f"{int(match[2]):06}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            while length > 0:
+                piece = self.rfile.read(min(length, PIECE_BYTES))
+                if not piece:
+                    raise Refusal(400, "the weights did not arrive in full")
+                _write(file, piece)
+                length -= len(piece)
+        return {}
 
     def _draw(self, content: dict[str, Any]) -> dict[str, Any]:
         request = parse_request(content)
@@ -232,28 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
             shutil.rmtree(folder, ignore_errors=True)
         return {"holds": stamp}
 
-    def _check_client(self) -> None:
-        key = self.server.key
-        # A web page whose own name was made to lead to 127.0.0.1 (DNS rebinding) has no key, and sends that name.
-        if key is None and not all(map(_names_loopback, self.headers.get_all("Host", []))):
-            raise Refusal(403, "the Host header is neither localhost nor a loopback address, and there is no key")
-        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
-        if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
-            raise Refusal(401, "the key is missing or wrong")
-
-    def _length(self, kind: str) -> int:
-        # A web page may send other types to 127.0.0.1 without asking the browser's user.
-        if self.headers.get_content_type() != kind:
-            raise Refusal(415, f"the Content-Type is not {kind}")
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit() and len(length) < 16):
-            raise Refusal(411, "the Content-Length is no number")
-        return int(length)
-
     def _content(self) -> dict[str, Any]:
-        length = self._length(JSON)
-        if length > MAX_REQUEST_BYTES:
-            raise Refusal(413, f"the request is longer than {MAX_REQUEST_BYTES} bytes")
+        length = self.content_length(JSON, MAX_REQUEST_BYTES)
         try:
             content = json.loads(self.rfile.read(length))
         except (ValueError, RecursionError):
@@ -261,36 +189,6 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(content, dict):
             raise Refusal(400, "the body is no JSON object")
         return content
-
-    @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except Refusal as refusal:
-            self.send_error(refusal.status, str(refusal))
-        except OSError:
-            raise  # The client is gone, or the disk is full; handle_error says so.
-        except Exception as error:
-            print(printable(traceback.format_exc()), file=sys.stderr)
-            self.send_error(500, f"{type(error).__name__}: {error}")
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Replies with an error, as JSON."""
-        reason = shown(message or self.responses.get(code, ("error",))[0], 400)
-        print(f"Refused a request with {code}: {reason}.", file=sys.stderr, flush=True)
-        self._reply(code, {"error": reason})
-
-    def _reply(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", JSON)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-        self.close_connection = True
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Logs nothing of requests that are served."""
 
 
 def _write(file: BinaryIO, piece: bytes) -> None:
