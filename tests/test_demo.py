@@ -30,6 +30,10 @@ def test_the_demo_makes_stories_kinder(tmp_path: Path, capsys: Any) -> None:
     assert abs(before["means"]["KL"]) < 1e-3
     assert 0.5 < after["means"]["KL"] < 40
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    judged = [json.loads(line)["eval/gold"] for line in (out / "remax" / "eval.jsonl").read_text().splitlines()]
+    assert (judged[0], judged[-1]) == pytest.approx((before["means"]["gold score"], after["means"]["gold score"]))
+    assert len(judged) == 6, "before, four times in training, and after it"
+    assert "gold" in (out / "remax" / "report.html").read_text()
     shown = capsys.readouterr().out
     for part in ("gold score", "kind stories", "learned reward", "KL", "length", "The same openings", "remax chat"):
         assert part in shown

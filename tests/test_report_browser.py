@@ -90,6 +90,9 @@ def test_it_draws_itself_without_a_complaint(
     assert opened.requests == [files[name].as_uri()]
     assert opened.page.title().startswith("remax report: ")
     assert opened.page.evaluate("document.documentElement.scrollWidth") == width
+    if width > 1000:  # Before and after are read without scrolling.
+        hidden = "boxes => boxes.map(box => box.scrollWidth - box.clientWidth)"
+        assert max(opened.page.locator(".beside .scroll").evaluate_all(hidden)) <= 1
     for box in opened.page.locator(".plot svg").evaluate_all("svgs => svgs.map(s => s.getBoundingClientRect().width)"):
         assert 250 < box < width
     red, *_ = opened.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,6 +36,8 @@ MAX_COMPLETION_LENGTH = 64
 CHOICE_TEMPERATURE = 1.0
 """How noisy the hidden scorer's choices are, in points of the gold score."""
 NUM_HELD_OUT_PAIRS = 200
+NUM_EVALUATIONS = 4
+"""In training; there is one before it, too."""
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -73,9 +74,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     with _stage("3/4  ReMax trains the language model against the reward model; it never sees the hidden reader."):
         prompts = held_out_prompts(config.num_eval_prompts, config.seed, {story.prompt for story in corpus})
-        reader = HiddenReader(config.seed)
-        make_trainer(config, out, corpus, prompts, reader).train()
-        before, after = reader.measurements
+        measuring = Measuring(config.seed)
+        make_trainer(config, out, corpus, prompts, measuring).train()
+        before, *_, after = measuring.measurements
 
     with _stage("4/4  The result, on openings that no model has seen."):
         print_results(prompts, before, after)
@@ -204,8 +205,13 @@ def choose_pairs(config: DemoConfig, model_folder: Path, corpus: Sequence[Story]
     return pairs
 
 
-class HiddenReader(TrainerCallback):  # type: ignore[misc]
-    """Reads what the policy writes for the held-out openings, before and after training, and keeps its opinion."""
+def hidden_reader(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Returns the gold scores, as a reward function does."""
+    return [gold_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+class Measuring(TrainerCallback):  # type: ignore[misc]
+    """Keeps what every evaluation on the held-out openings found."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -213,7 +219,8 @@ class HiddenReader(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, evaluation: Evaluation, **kwargs: Any) -> None:
         samples = evaluation.rollout.samples
-        gold = np.array([gold_score(str(c.prompt.content), c.text) for c in samples])
+        assert evaluation.gold is not None
+        gold = evaluation.gold.numpy()
         values = {"gold score": gold, "kind stories": (gold > 1).astype(float)}
         names = {"learned reward": "reward", "KL": "kl", "length": "completions/mean_length"}
         values |= {title: evaluation.values[name] for title, name in names.items()}
@@ -223,9 +230,12 @@ class HiddenReader(TrainerCallback):  # type: ignore[misc]
 
 
 def make_trainer(
-    config: DemoConfig, out: Path, corpus: Sequence[Story], held_out: Sequence[str], reader: HiddenReader
+    config: DemoConfig, out: Path, corpus: Sequence[Story], held_out: Sequence[str], measuring: Measuring
 ) -> ReMaxTrainer:
-    """Returns the ReMax trainer: openings of the corpus as prompts, the learned reward model as the only reward."""
+    """Returns the ReMax trainer: openings of the corpus as prompts, the learned reward model as the only reward.
+
+    The hidden reader judges evaluations alone.
+    """
     return ReMaxTrainer(
         str(out / "sft" / "model"),
         str(out / "reward" / "model"),
@@ -241,9 +251,11 @@ def make_trainer(
             report_to=["none"],
             save_steps=-1,
             save_best_model=False,
+            eval_steps=max(1, config.max_steps // NUM_EVALUATIONS),
             logging_steps=max(1, config.max_steps // 10),
         ),
         train_dataset=Dataset.from_list([{"prompt": story.prompt} for story in corpus]),
         eval_dataset=Dataset.from_list([{"prompt": prompt} for prompt in held_out]),
-        callbacks=[reader],
+        callbacks=[measuring],
+        gold_reward_funcs=hidden_reader,
     )
