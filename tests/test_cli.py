@@ -171,6 +171,8 @@ def test_config_file_and_flags(world: Path, tmp_path: Path, capsys: Any) -> None
     assert main(["train", "--config", config, "--beta", "0.5", "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["beta"], printed["top_p"]) == (0.5, 0.8)
+    assert main(["train", "--beta", "0.5", "--config", config, "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["beta"] == 0.5, "a flag in front of the file wins too"
 
 
 def test_module_and_script_start() -> None:

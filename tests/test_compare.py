@@ -150,6 +150,9 @@ def test_a_run_is_like_one_of_remax_train(tmp_path: Path, inputs: dict[str, Any]
         ({"methods": {}}, "there is nothing to compare"),
         ({"settings": {"seed": 1}}, "--settings has seed: that holds for the whole comparison; set it as --seeds"),
         ({"settings": {"max_steps": 1}}, "--settings has max_steps: .*--budget"),
+        ({"settings": {"push_to_hub": True}}, "has push_to_hub: every run would upload a model, one over the other"),
+        ({"methods": {"ppo": {"push_to_hub": True}}}, "has push_to_hub: every run would upload a model"),
+        ({"settings": {"run_name": "mine"}}, "has run_name mine: trackers would show several runs under one name"),
         ({"seeds": [1, 1]}, "--seeds is .*: a run would be there twice"),
         ({"seeds": []}, "there is nothing to run"),
         ({"budget_amount": 0}, "--budget_amount is 0"),
@@ -164,6 +167,24 @@ def test_what_cannot_be_compared_is_refused(settings: dict[str, Any], message: s
         plan_runs(CompareConfig(**settings))
 
 
+def test_trackers_show_every_run_under_a_name_of_its_own(tmp_path: Path, inputs: dict[str, Any]) -> None:
+    long = {"x" * 200: {"method": "ppo"}}
+    shared = {"report_to": ["wandb"], "project": "study", "push_to_hub": False}
+    args = CompareConfig(methods={"remax": {}, "ppo": {}, **long}, seeds=[0, 1], settings=shared)
+    runs = plan_runs(args)
+    assert [run.args.run_name for run in runs[:3]] == ["remax-seed0", "ppo-seed0", f"{'x' * 100}-seed0"]
+    assert len({run.args.run_name for run in runs}) == 6
+    assert {(*run.args.report_to, run.args.project) for run in runs} == {("wandb", "study")}
+    assert plan_runs(CompareConfig())[0].args.report_to == ["none"]
+
+    # A comparison may go on with other trackers: they change no number.
+    (tmp_path / "runs" / "remax" / "seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "remax" / "seed0" / "run.json").write_text("{}")
+    (tmp_path / "comparison.json").write_text(json.dumps(describe(CompareInputs(**inputs), args, runs)))
+    untracked = CompareConfig(methods=args.methods, seeds=[0, 1, 2])
+    check_continues(tmp_path, describe(CompareInputs(**inputs), untracked, plan_runs(untracked)))
+
+
 def test_mistakes_in_the_inputs_are_found_before_anything_is_written(
     tmp_path: Path, inputs: dict[str, Any], capsys: Any
 ) -> None:
@@ -171,6 +192,7 @@ def test_mistakes_in_the_inputs_are_found_before_anything_is_written(
         "there is no such folder": {"model": "./nowhere"},
         "a plain language model": {"gold_reward_model": inputs["model"]},
         "--eval_dataset is not set": {"eval_dataset": None},
+        "--report_to is wandbb: that is no tracker": {"settings": {**QUICK, "report_to": ["wandbb"]}},
         "batch_size 64": {"settings": {**QUICK, "batch_size": 64}},
         "--eval_dataset": {"eval_dataset": "nowhere.jsonl"},
     }

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from remax.compare.analysis import analyse
-from remax.compare.plots import _draw_path, _looks, aligned, plot
+from remax.compare.plots import _draw_cost, _draw_path, _looks, aligned, plot
 from remax.compare.records import Run
 from remax.compare.results import collect
 from remax.compare.tables import headline, markdown_table, print_table
@@ -282,6 +282,19 @@ def test_the_path_over_kl_follows_the_steps_and_not_the_order_of_kl() -> None:
     runs.append(run_of(1, [(0, 0, 0.0, 0.0), (1, 1, 3.0, 6.0), (2, 2, 4.0, 2.0)]))
     _draw_path(axis, runs, "reward", _looks(["remax"])["remax"])
     assert axis.lines[0].get_xydata().tolist() == [[0, 0], [5, 2], [2, 3]]
+
+
+def test_bars_of_a_step_add_up_to_all_of_it_and_the_legend_names_each() -> None:
+    seconds = {"rollout": 1.0, "reward": 2.0, "reference": 3.0, "update": 4.0}
+    figures = {f"time/{phase}": {"mean": value} for phase, value in seconds.items()} | {"time/step": {"mean": 10.5}}
+    figures |= {f"memory/{phase}": {"mean": None} for phase in seconds}
+    figure = _draw_cost({"methods": {"remax": {"seeds": [0], "metrics": figures}}}, _looks(["remax"]))
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 2.0, 3.0, 4.0, 0.5]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*seconds, "rest"]
+    assert [patch.get_facecolor() for patch in legend.get_patches()] == sorted(
+        {patch.get_facecolor() for patch in legend.get_patches()}
+    ), "five shades, the first the darkest"
 
 
 class Elements(HTMLParser):

@@ -200,12 +200,10 @@ def test_the_recipe_for_24_gb_fits_into_them(tmp_path: Path, capsys: Any) -> Non
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     settings = dict(RECIPES["lora-24gb"].settings, model="", reward_model="")
-    for name in ("train_dataset", "eval_dataset", "output_dir"):
-        del settings[name]
     settings |= {"model": str(tmp_path / "policy"), "reward_model": str(tmp_path / "reward")}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(settings))
-    flags = ["--config", str(tmp_path / "plan.yaml"), "--device_memory", "24GB", "--output_dir", str(tmp_path)]
-    assert main(["plan", *flags]) == 0
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    flags = ["--device_memory", "24GB", "--output_file", str(tmp_path / "plan.json")]
+    assert main(["plan", "--config", str(tmp_path / "run.yaml"), *flags]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert 7.6e9 < plan["parameters"]["policy"] < 7.8e9
     assert plan["fits"]

@@ -90,6 +90,13 @@ def test_each_change_alone_is_shown_at_its_most() -> None:
     assert (list(second.changes), second.fits) == (["reward_batch_size"], False)
 
 
+def test_what_vllm_makes_useless_is_not_proposed() -> None:
+    args = settings(rollout_engine="vllm")
+    assert "rollout_batch_size" not in names_of(possible(args))
+    assert "vllm_enable_sleep_mode" not in names_of(possible(args))
+    assert "vllm_enable_sleep_mode" in names_of(possible(settings(rollout_engine="vllm", vllm_enable_sleep_mode=False)))
+
+
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
@@ -132,13 +139,14 @@ def test_the_ratio_of_both_methods_tends_to_that_of_their_static_bytes(seven: Pa
 def test_the_command_prints_tables_and_writes_strict_json(
     tmp_path: Path, seven: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--device_memory", "40GB", "--bf16", "--output_dir", str(tmp_path / "out")]
+    path = tmp_path / "out" / "plan.json"
+    flags = ["--device_memory", "40GB", "--bf16", "--output_file", str(path)]
     assert main(["plan", "--model", str(seven / "config.json"), *flags]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 120
     assert "It does not fit" in printed
     assert "The same run with --method ppo does not fit" in printed
-    written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    written = json.loads(path.read_text())
     assert written["fits"] is False
     assert list(written["phases"]) == ["rollout", "reward", "reference", "update"]
     assert written["peak"] == max(phase["total"] for phase in written["phases"].values())
@@ -158,6 +166,18 @@ def test_functions_as_rewards_take_no_memory(seven: Path) -> None:
     assert plan.peaks["reward"].total == plan.peaks["reference"].total, "which runs beside them on a GPU"
     without = plan_of(seven, device_memory="80GB", reward_funcs=["any.py:function"], args={"kl_mode": "none"})
     assert without.peaks["reward"].own == 0
+
+
+def test_a_vllm_that_cannot_hold_the_policy_is_refused(seven: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"is 0.3: that is 7.2 GiB, .* \(12.6 GiB\) does not fit; set .*utilization 0.63"
+    ):
+        plan_of(seven, device_memory="24GB", args={"rollout_engine": "vllm", "bf16": True})
+    with pytest.raises(UserError, match="does not fit; set --rollout_engine embedded"):
+        plan_of(seven, device_memory="24GB", args={"rollout_engine": "vllm"})
+
+
+# Sizes and mistakes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +205,21 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_devices": 8}, {}, "--num_devices is 8: --sharding none does not say what they split"),
     ({"num_devices": 8, "sharding": "zero2"}, {"batch_size": 4}, "a step has only 4 prompts"),
     ({"prompt_length": 600}, {}, "--prompt_length is 600: --max_prompt_length 512 lets no such prompt in"),
-    ({}, {"max_completion_length": 4000}, "more than the model's context of 4096; set --prompt_length 96 or less."),
+    (
+        {"prompt_length": 97},
+        {"max_completion_length": 4000},
+        "more than the model's context of 4096; set --prompt_length 96 or less.",
+    ),
+    ({}, {"max_completion_length": 4096}, "set a smaller --max_completion_length than 4096."),
+    ({"num_processes": 2}, {}, "--num_processes is 2: without --accelerate_config one process trains"),
+    ({"accelerate_config": "fsdp2"}, {}, "--accelerate_config is fsdp2: it does not say how many devices there are"),
+    (
+        {"accelerate_config": "own.yaml", "num_processes": 2},
+        {},
+        "--accelerate_config is own.yaml: a plan reads no such",
+    ),
+    ({"reward_url": "localhost:8000"}, {}, "--reward_url is localhost:8000: that is no address of a server"),
+    ({"gold_reward_model": "/nowhere/gold"}, {}, "--gold_reward_model is /nowhere/gold: there is no such folder"),
     ({"model": "/nowhere/model"}, {}, "--model is /nowhere/model: there is no such folder"),
     ({"model": "nobody/no-such-model"}, {}, "its config could not be read"),
     ({"reward_model": "/nowhere/reward"}, {}, "--reward_model is /nowhere/reward: there is no such folder"),

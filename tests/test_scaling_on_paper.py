@@ -228,7 +228,7 @@ def test_tables_and_results_are_what_the_script_gives() -> None:
 def test_the_plan_tells_what_the_network_moves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--num_devices", "8", "--sharding", "fsdp2", "--device_memory", "80GB", "--bf16"]
     model = str(ROOT / "benchmarks/configs/llama-2-7b.json")
-    assert main(["plan", "--model", model, *flags, "--output_dir", str(tmp_path)]) == 0
+    assert main(["plan", "--model", model, *flags, "--output_file", str(tmp_path / "plan.json")]) == 0
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "plan.json").read_text())["network"]
     assert {"phase": "rollout", "what": "policy, whole", "collective": "all-gather", "size": 4 * P7}.items() <= written[

@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from remax import config
@@ -37,19 +38,21 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig, options: con
     """`remax train`"""
     from remax.launch import launch, starts_others
     from remax.recording import RunFolder
-    from remax.rewards.named import named_gold_rewards, named_rewards
+    from remax.rewards.named import named_gold_rewards, named_rewards, wait_until_ready
 
     # A folder that is taken is found before the imports that take seconds.
     RunFolder(args.output_dir, resumes=args.resume != "none")
     if starts_others(options):
         raise SystemExit(launch(options, sys.argv[1:]))
     rewards = named_rewards(inputs, args.reward_timeout_seconds)
+    gold_rewards = named_gold_rewards(inputs, args.reward_timeout_seconds)
 
     from remax.doctor import quick_warnings
     from remax.hub import PushFailed
     from remax.processes import leave_processes
     from remax.trainer import ReMaxTrainer
 
+    wait_until_ready([*rewards, *gold_rewards])  # before a tokenizer and data are read
     for line in quick_warnings(inputs, args):
         print(line)
     trainer = ReMaxTrainer(
@@ -58,7 +61,7 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig, options: con
         args,
         train_dataset=inputs.train_dataset,
         eval_dataset=inputs.eval_dataset,
-        gold_reward_funcs=named_gold_rewards(inputs, args.reward_timeout_seconds),
+        gold_reward_funcs=gold_rewards,
         run_config={**dataclasses.asdict(inputs), **dataclasses.asdict(args)},
     )
     try:
@@ -81,42 +84,51 @@ def _report(folder: Any) -> None:
         print(report_after_training(folder.path))
 
 
-def run_sft(inputs: config.StageInputs, args: config.SFTConfig) -> None:
+def run_sft(inputs: config.StageInputs, args: config.SFTConfig, options: config.LaunchOptions) -> None:
     """`remax sft`"""
     from remax.stages.sft import run_sft
 
-    _run_stage(run_sft, inputs, args)
+    _run_stage(run_sft, inputs, args, options)
 
 
-def run_reward(inputs: config.StageInputs, args: config.RewardConfig) -> None:
+def run_reward(inputs: config.StageInputs, args: config.RewardConfig, options: config.LaunchOptions) -> None:
     """`remax reward`"""
     from remax.stages.reward import run_reward
 
-    _run_stage(run_reward, inputs, args)
+    _run_stage(run_reward, inputs, args, options)
 
 
-def run_dpo(inputs: config.StageInputs, args: config.DPOConfig) -> None:
+def run_dpo(inputs: config.StageInputs, args: config.DPOConfig, options: config.LaunchOptions) -> None:
     """`remax dpo`"""
     from remax.stages.dpo import run_dpo
 
-    _run_stage(run_dpo, inputs, args)
+    _run_stage(run_dpo, inputs, args, options)
 
 
 def _run_stage(
     stage: Callable[..., Any],
     inputs: config.StageInputs,
     args: config.SFTConfig | config.RewardConfig | config.DPOConfig,
+    options: config.LaunchOptions,
 ) -> None:
-    from remax.data import load_records
-    from remax.models import check_model_exists
+    from remax.launch import check_replicates, launch, starts_others
     from remax.recording import RunFolder
 
     RunFolder(args.output_dir, resumes=args.resume != "none")
+    if starts_others(options):
+        check_replicates(options)
+        raise SystemExit(launch(options, sys.argv[1:]))
+
+    from remax.data import load_records
+    from remax.models import check_model_exists
+    from remax.processes import leave_processes
+
     check_model_exists(inputs.model, flag="--model")
     train_dataset = load_records(inputs.train_dataset, args.dataset_split, flag="--train_dataset")
     eval_dataset = inputs.eval_dataset and load_records(inputs.eval_dataset, args.eval_split, flag="--eval_dataset")
     run_config = {**dataclasses.asdict(inputs), **dataclasses.asdict(args)}
     stage(args, inputs.model, train_dataset, eval_dataset, run_config=run_config)
+    leave_processes()
 
 
 def run_evaluate(inputs: config.EvaluateInputs, args: config.EvaluateConfig) -> None:
@@ -166,7 +178,7 @@ def run_winrate(inputs: config.WinrateInputs, args: config.WinrateConfig) -> Non
     run_winrate(inputs, args)
 
 
-def run_plan(inputs: config.PlanInputs, args: config.PlanConfig) -> None:
+def run_plan(inputs: config.PlanInputs, args: config.PlanConfig, unused: config.UnusedInputs) -> None:
     """`remax plan`"""
     # What a training imports: on a CPU, the size of this process is where its memory starts.
     import remax.trainer  # noqa: F401
@@ -206,6 +218,7 @@ def run_serve_reward(inputs: config.ServeInputs, args: config.ServeConfig) -> No
     # It listens before the imports that take seconds: a port that is taken is found early, and clients may wait.
     server = RewardServer(scorer(functions, weights), args.host, args.port)
 
+    wait_until_ready(rewards)
     if inputs.model:
         from remax.loading import load_rewards
         from remax.models import check_model_exists
@@ -214,7 +227,6 @@ def run_serve_reward(inputs: config.ServeInputs, args: config.ServeConfig) -> No
         check_model_exists(inputs.model, flag="--model")
         device = make_accelerator(False).device
         rewards = load_rewards(rewards, None, args.reward_batch_size, device, conversational=False, flag="--model")
-    wait_until_ready(rewards)
     functions += rewards
     serve(server)
 
@@ -259,21 +271,23 @@ def run_completion(args: config.CompletionConfig) -> None:
 def run_demo(args: DemoConfig) -> None:
     """`remax demo`"""
     from remax.demo.pipeline import run_demo
+    from remax.report.command import report_after_training
 
     run_demo(args)
+    print(report_after_training(Path(args.output_dir) / "remax"))
 
 
 COMMANDS = {
     "sft": Command(
         "Fine-tune a language model on texts or prompts with completions.",
         "--model M --train_dataset FILE --output_dir OUT [settings]",
-        (config.StageInputs, config.SFTConfig),
+        (config.StageInputs, config.SFTConfig, config.LaunchOptions),
         run_sft,
     ),
     "reward": Command(
         "Train a reward model on pairs of a chosen and a rejected text.",
         "--model M --train_dataset FILE --eval_dataset FILE --output_dir OUT [settings]",
-        (config.StageInputs, config.RewardConfig),
+        (config.StageInputs, config.RewardConfig, config.LaunchOptions),
         run_reward,
     ),
     "train": Command(
@@ -285,7 +299,7 @@ COMMANDS = {
     "dpo": Command(
         "Train a policy on pairs of a chosen and a rejected text, without a reward model (DPO).",
         "--model M --train_dataset FILE --eval_dataset FILE --output_dir OUT [settings]",
-        (config.StageInputs, config.DPOConfig),
+        (config.StageInputs, config.DPOConfig, config.LaunchOptions),
         run_dpo,
     ),
     "evaluate": Command(
@@ -309,8 +323,8 @@ COMMANDS = {
     ),
     "plan": Command(
         "Predict a training's peak memory from configs alone: whether it fits, and what would.",
-        "--model M [--device_memory 80GB] [settings]",
-        (config.PlanInputs, config.PlanConfig),
+        "--model M [--device_memory 80GB] [settings], or --config run.yaml, a file for `remax train`",
+        (config.PlanInputs, config.PlanConfig, config.UnusedInputs),
         run_plan,
     ),
     "lab": Command(

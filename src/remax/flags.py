@@ -131,7 +131,7 @@ def _normalised(prog: str, arguments: Sequence[str], hints: dict[str, Any]) -> l
         spelled = [_yaml(name, item) if numbers else item for item in items]
         values = [v if isinstance(v, int | float) else item for v, item in zip(spelled, items, strict=True)]
         result.append(f"--{name}={json.dumps(values)}")
-    return result
+    return sorted(result, key=lambda token: not token.startswith("--config="))  # Flags in front of it win too.
 
 
 def _yaml(name: str, text: str) -> Any:

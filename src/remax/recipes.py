@@ -122,7 +122,7 @@ RECIPES = {
         """The prompts are messages, and reward/model is a reward model of at most half a billion weights with a
         chat template, from `remax reward --model Qwen/Qwen2.5-0.5B-Instruct --train_dataset
         trl-lib/ultrafeedback_binarized`. Weights are held in bfloat16; the reference is the same model
-        with the adapter off, so it takes no memory. `remax plan` with the same models and sizes and
+        with the adapter off, so it takes no memory. `remax plan --config` with this file and
         --device_memory 24GB tells what it takes, and what other sizes would.""",
         {
             "model": "Qwen/Qwen2.5-7B-Instruct",

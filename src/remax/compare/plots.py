@@ -30,8 +30,8 @@ POLICY_TITLES = {
     "entropy": "entropy, nats per token",
     "kl": "KL to the initial policy,\nnats per sequence",
 }
-SHADES = (1.0, 0.62, 0.32, 0.12)
-"""How strong the method's colour is in the bars of rollout, reward, update and the rest."""
+SHADES = (1.0, 0.66, 0.42, 0.24, 0.1)
+"""How strong the method's colour is in the bars of rollout, reward, reference, update and the rest."""
 
 Look = Mapping[str, Any]
 

@@ -26,6 +26,7 @@ from remax.loading import load_prompts
 from remax.provenance import commit, hardware, versions
 from remax.recording import RunFolder, write_json
 from remax.rewards.named import named_function, named_rewards, wait_until_ready
+from remax.trackers import Trackers
 from remax.untrusted import printable
 
 
@@ -107,6 +108,7 @@ def _check_parts(inputs: CompareInputs, runs: list[Run]) -> None:
         models.require_reward_model(inputs.reward_model, flag="--reward_model")
     for run in {run.label: run for run in runs}.values():
         _, _, tokenizer, _ = check_cheaply(run.args, inputs.model, rewards, None)
+        Trackers(run.args, RunFolder(str(run.folder), resumes=True), say=print)  # Nothing is started: it only checks.
     args = runs[0].args
     prompts = load_prompts(inputs.train_dataset, args.dataset_split, tokenizer, args, flag="--train_dataset")
     load_prompts(inputs.eval_dataset, args.eval_split, tokenizer, args, flag="--eval_dataset")

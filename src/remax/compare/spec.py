@@ -12,9 +12,12 @@ from remax.config import CompareConfig, CompareInputs, ReMaxConfig
 from remax.config.objective import BASELINES
 from remax.errors import UserError
 from remax.options import nearest
+from remax.untrusted import shown
 
 UNLIMITED = 1_000_000
 """Steps of a run that tokens or seconds will stop."""
+LONGEST_LABEL_SHOWN = 100
+"""Characters of a label in a run's name, which trackers want short."""
 DEFAULTS = {"lr_scheduler_type": "constant", "save_best_model": False, "report_to": ["none"], "save_steps": -1}
 """Settings of every run unless the comparison sets them."""
 COMMON = (
@@ -89,6 +92,8 @@ def _plan_run(args: CompareConfig, label: str, seed: int) -> Run:
             )
     folder = Path(args.output_dir) / "runs" / label / f"seed{seed}"
     settings = {**DEFAULTS, **args.settings, "method": label, **own, "seed": seed, "output_dir": str(folder)}
+    _check_sharing(settings)
+    settings["run_name"] = f"{label[:LONGEST_LABEL_SHOWN]}-seed{seed}"
     known = [field.name for field in dataclasses.fields(ReMaxConfig)]
     for name in settings:
         if name not in known:
@@ -107,11 +112,25 @@ def _plan_run(args: CompareConfig, label: str, seed: int) -> Run:
     return Run(label, seed, config, folder)
 
 
+def _check_sharing(settings: Mapping[str, Any]) -> None:
+    """Raises UserError if all runs would push their models, or be called the same by trackers."""
+    if settings.get("push_to_hub"):
+        raise UserError(
+            "--settings or --methods has push_to_hub: every run would upload a model, one over the other; leave it "
+            "out, compare with --keep_models, and upload the model that you choose with `hf upload`."
+        )
+    if settings.get("run_name"):
+        raise UserError(
+            f"--settings or --methods has run_name {shown(settings['run_name'])}: trackers would show several runs "
+            "under one name; leave it out (they are called after label and seed), and set project."
+        )
+
+
 def describe(inputs: CompareInputs, args: CompareConfig, runs: list[Run]) -> dict[str, Any]:
     """Returns what has to be the same when a comparison goes on: everything but more methods and seeds."""
     by_label = {run.label: dataclasses.asdict(run.args) for run in runs}
     for settings in by_label.values():
-        del settings["seed"], settings["output_dir"]
+        del settings["seed"], settings["output_dir"], settings["run_name"]
     return {
         "model": inputs.model,
         "reward": [
@@ -131,7 +150,7 @@ def describe(inputs: CompareInputs, args: CompareConfig, runs: list[Run]) -> dic
 
 NUMBERS_STAY = (
     *("micro_batch_tokens", "rollout_batch_size", "reward_batch_size", "log_completions", "logging_steps"),
-    *("save_steps", "save_total_limit"),
+    *("save_steps", "save_total_limit", "report_to", "project", "run_name"),
 )
 """Settings that may change between the runs of a comparison: memory, speed and what is written."""
 

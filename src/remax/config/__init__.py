@@ -25,7 +25,7 @@ from remax.config.inputs import ChatInputs, EvaluateInputs, StageInputs, TrainIn
 from remax.config.lab import LabConfig, LabInputs
 from remax.config.launch import LaunchOptions
 from remax.config.objective import ObjectiveOptions, PPOOptions
-from remax.config.plan import PlanConfig, PlanInputs
+from remax.config.plan import PlanConfig, PlanInputs, UnusedInputs
 from remax.config.report import ReportConfig
 from remax.config.serve import ServeConfig, ServeInputs
 from remax.config.sharing import SharingOptions
@@ -72,6 +72,7 @@ __all__ = [
     "StageInputs",
     "StageOptions",
     "TrainInputs",
+    "UnusedInputs",
     "VLLMOptions",
     "WinrateConfig",
     "WinrateInputs",

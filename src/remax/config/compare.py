@@ -29,8 +29,8 @@ class CompareConfig(Options):
     methods: dict[str, Any] = field(
         default_factory=lambda: {name: {} for name in ("remax", "reinforce", "rloo", "grpo", "ppo")}
     )
-    """By label, the settings of `remax train` in which it differs; a label that is a method's name needs none, others
-    set `method`."""
+    """What is compared: by label, the settings of `remax train` in which one differs from --settings. A label that is a
+    method's name (remax, rloo, ...) needs none; any other sets `method`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of `remax train` that all methods share."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])

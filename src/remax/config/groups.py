@@ -29,6 +29,12 @@ class OutputOptions(Options):
     def _check(self) -> None:
         self._require(0 <= self.seed < 2**32, "seed", "no generator takes it", "a number from 0 to 2^32 - 1")
         self._require(self.logging_steps > 0, "logging_steps", "nothing would be logged", "1 or more")
+        self._require(
+            "none" not in self.report_to or len(self.report_to) == 1,
+            "report_to",
+            "nothing and something cannot both be tracked",
+            "trackers, or none alone",
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class ModelOptions(PrecisionOptions):
     lora_r: int = 16
     """Rank of the adapter."""
     lora_alpha: int = 32
-    """Scale of the adapter (alpha / r)."""
+    """The adapter's output is scaled by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
     """Dropout in front of the adapter, in SFT and reward training; always off in RL and DPO."""
     lora_target_modules: list[str] = field(default_factory=list)
@@ -261,7 +267,7 @@ class StageOptions(Options):
     batch_size: int = 32
     """Examples (for `remax reward` and `remax dpo`: pairs) per step, over all processes."""
     micro_batch_size: int = 0
-    """Examples in one forward-backward pass of one process; 0 for its whole share of the batch."""
+    """Most examples in one forward-backward pass of one process; 0 for its whole share of the batch."""
     max_length: int = 1024
     """Longest example in tokens; longer ones are cut (sft) or dropped with a count (reward, dpo)."""
 

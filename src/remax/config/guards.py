@@ -47,6 +47,6 @@ class ReplayConfig(Options):
     """Replay"""
 
     dump: str
-    """A folder in the dumps of a run."""
+    """A folder in the dumps of a run. It may stand without the flag: `remax replay OUT/dumps/step-000007`."""
     model: str | None = None
     """The policy that the run began with; by default the one that its settings name."""

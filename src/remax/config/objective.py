@@ -55,9 +55,10 @@ class ObjectiveOptions(Options):
     loss_aggregation: Aggregation = "sequence"
     """sequence: sum over tokens, mean over sequences (Algorithm 1). token: mean over the batch's tokens (biased)."""
     reward_clip: float | None = None
-    """Clip to [-c, c]; see --reward_clip_mode."""
+    """Bound c: what --reward_clip_mode names is clipped to [-c, c]; by default nothing is (the authors' code: 5)."""
     reward_clip_mode: ClipMode = "raw"
-    """Clip each raw reward, before the baseline is subtracted, or the difference to the baseline (authors' code: 5)."""
+    """With --reward_clip: raw (each reward, before the baseline is subtracted) or difference (the reward less its
+    baseline, as in the authors' code)."""
 
     def _check(self) -> None:
         self._check_method()

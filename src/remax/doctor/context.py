@@ -181,7 +181,9 @@ class Context:
         inputs = PlanInputs(
             model=self.base_model,
             reward_model=self.inputs.reward_model,
-            reward_funcs=self.inputs.reward_funcs or ["no model of its own"] * (self.inputs.reward_model is None),
+            reward_funcs=self.inputs.reward_funcs,
+            reward_url=self.inputs.reward_url,
+            gold_reward_model=self.inputs.gold_reward_model,
             prompt_length=prompt_length,
         )
         return make_plan(inputs, self.args)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from remax.components import Components
@@ -21,8 +22,14 @@ def predict_peaks(
     """
     networks = measure_networks(networks_of(parts, value_model), args)
     work = Workload(args.batch_size, max(len(prompt.token_ids) for prompt in parts.prompts), args.max_completion_length)
-    kind = "cuda" if parts.accelerator.device.type == "cuda" else "cpu"
-    return predict(networks, args, work, Device(kind, base_bytes))
+    return predict(networks, args, work, _device(parts, base_bytes))
+
+
+def _device(parts: Components, base_bytes: int) -> Device:
+    device = parts.accelerator.device
+    if device.type != "cuda":
+        return Device("cpu", base_bytes)
+    return Device("cuda", base_bytes, torch.cuda.get_device_properties(device).total_memory)
 
 
 def describe_peaks(

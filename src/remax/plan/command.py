@@ -1,4 +1,4 @@
-"""The command: from configs and settings to a plan, in tables and in plan.json."""
+"""The command: from configs and settings to a plan, in tables and as JSON."""
 
 import math
 from collections.abc import Mapping
@@ -9,13 +9,18 @@ from typing import Any
 from remax.config import PlanConfig, PlanInputs, ReMaxConfig
 from remax.errors import UserError
 from remax.plan.device import Memory, memory_of
+from remax.plan.formulas import is_half
 from remax.plan.network import Transfer, transfers
 from remax.plan.networks import Network, measure_networks, networks_of_configs, read_config
-from remax.plan.phases import Peak, Workload, as_record, largest, predict
+from remax.plan.phases import Peak, Workload, as_record, largest, of_vllm, predict
 from remax.plan.proposals import Proposal, cheapest, levers, single_changes, with_method
 from remax.plan.ratios import Ratio, ratios
 from remax.plan.sharding import Split
 from remax.recording import write_json
+from remax.untrusted import shown
+
+MORE_THAN_WEIGHTS = 1.2
+"""What is proposed for vLLM, over its weights: it needs a cache of keys and values too."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Plan:
         return largest(self.peaks).total <= self.memory.usable
 
     def record(self) -> dict[str, Any]:
-        """Returns it as plan.json has it; bytes throughout."""
+        """Returns it as --output_file has it; bytes throughout."""
         return {
             "inputs": asdict(self.inputs),
             "settings": asdict(self.args),
@@ -76,19 +81,24 @@ def _proposal_record(own: Proposal) -> dict[str, Any]:
 
 
 def run_plan(inputs: PlanInputs, args: PlanConfig) -> Plan:
-    """Makes the plan, prints it and, with an output_dir, writes plan.json.
+    """Makes the plan, prints it and, with an output_file, writes it down.
 
     Raises:
-        UserError: a config cannot be read, or settings do not go together.
+        UserError: a config cannot be read, settings do not go together, or the file cannot be written.
     """
     from remax.plan.report import print_plan
 
     plan = make_plan(inputs, args)
     print_plan(plan)
-    if args.output_dir:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "plan.json", plan.record())
+    if args.output_file:
+        path = Path(args.output_file)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, plan.record())
+        except OSError as error:
+            raise UserError(
+                f"--output_file is {shown(path)}: it cannot be written ({error.strerror}); set another path."
+            ) from None
     return plan
 
 
@@ -100,8 +110,9 @@ def make_plan(inputs: PlanInputs, args: ReMaxConfig) -> Plan:
     """
     policy = read_config(inputs.model, flag="--model")
     reward = read_config(inputs.reward_model, flag="--reward_model") if inputs.reward_model else None
-    if reward is None and not inputs.reward_funcs:
+    if reward is None and not inputs.reward_funcs and not inputs.reward_url:
         reward = policy
+    gold = read_config(inputs.gold_reward_model, flag="--gold_reward_model") if inputs.gold_reward_model else None
     value = read_config(args.value_model, flag="--value_model") if args.value_model else None
     work = _work(inputs, args, policy)
     memory, split = memory_of(inputs), Split(inputs.sharding, inputs.num_devices)
@@ -112,12 +123,13 @@ def make_plan(inputs: PlanInputs, args: ReMaxConfig) -> Plan:
         key = (own.method, own.use_peft, own.needs_reference)
         if key not in built:
             of_value = value if own.method == "ppo" else None
-            built[key] = measure_networks(networks_of_configs(policy, reward, own, of_value), own)
+            built[key] = measure_networks(networks_of_configs(policy, reward, own, of_value, gold), own)
         return built[key]
 
     def peaks_of(own: ReMaxConfig) -> dict[str, Peak]:
         return predict(networks(own), own, work, memory.device, split)
 
+    _check_vllm(networks(args)["policy"], args, memory)
     peaks, on_gpu = peaks_of(args), memory.device.kind == "cuda"
     fits = largest(peaks).total <= memory.usable
     others = {name: args if name == args.method else with_method(args, name) for name in ("remax", "ppo")}
@@ -141,14 +153,28 @@ def make_plan(inputs: PlanInputs, args: ReMaxConfig) -> Plan:
     )
 
 
+def _check_vllm(policy: Network, args: ReMaxConfig, memory: Memory) -> None:
+    """Raises UserError if a colocated vLLM would not have the memory for its own copy of the weights."""
+    share = of_vllm(args, memory.device)
+    weights = policy.counts.parameters * (2 if is_half(args) else 4)
+    if share and weights >= share:
+        enough = math.ceil(100 * weights / memory.total * MORE_THAN_WEIGHTS) / 100
+        instead = f"--vllm_gpu_memory_utilization {enough}" if enough <= 1 else "--rollout_engine embedded"
+        raise UserError(
+            f"--vllm_gpu_memory_utilization is {args.vllm_gpu_memory_utilization}: that is {share / 2**30:.1f} GiB, in "
+            f"which vLLM's copy of the policy ({weights / 2**30:.1f} GiB) does not fit; set {instead}."
+        )
+
+
 def _work(inputs: PlanInputs, args: ReMaxConfig, policy: Any) -> Workload:
-    prompt_length = inputs.prompt_length or args.max_prompt_length
+    limit = getattr(policy.get_text_config(), "max_position_embeddings", None)
+    longest = args.max_prompt_length if not limit else min(args.max_prompt_length, limit - args.max_completion_length)
+    prompt_length = inputs.prompt_length or max(1, longest)
     if prompt_length > args.max_prompt_length:
         raise UserError(
             f"--prompt_length is {prompt_length}: --max_prompt_length {args.max_prompt_length} lets no such prompt in; "
             f"set {args.max_prompt_length} or less, or a larger --max_prompt_length."
         )
-    limit = getattr(policy.get_text_config(), "max_position_embeddings", None)
     if limit and prompt_length + args.max_completion_length > limit:
         room = limit - args.max_completion_length
         instead = f"--prompt_length {room} or less" if room > 0 else f"a smaller --max_completion_length than {limit}"

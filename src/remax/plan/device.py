@@ -52,14 +52,18 @@ def memory_of(inputs: PlanInputs) -> Memory:
 
     On a CPU, what is free now counts, and this process stands for the libraries that a run loads.
     """
-    gpu = Device("cuda", WORKSPACE_BYTES)
     if inputs.device_memory is not None:
         size = parse_bytes(inputs.device_memory, flag="--device_memory")
-        return Memory(gpu, f"{inputs.num_devices} x {inputs.device_memory}", size)
+        return Memory(_gpu(size), f"{inputs.num_devices} x {inputs.device_memory}", size)
     if torch.cuda.is_available():
-        return Memory(gpu, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+        size = torch.cuda.get_device_properties(0).total_memory
+        return Memory(_gpu(size), torch.cuda.get_device_name(), size)
     used = resident_bytes()
     return Memory(Device("cpu", used + RUN_BYTES), "CPU", free_main_memory() + used)
+
+
+def _gpu(size: int) -> Device:
+    return Device("cuda", WORKSPACE_BYTES, size)
 
 
 def base_bytes(device: torch.device, loaded: Sequence[Any] = ()) -> int:

@@ -101,7 +101,7 @@ class Network:
 
 
 def measure_networks(networks: Mapping[str, nn.Module], args: ReMaxConfig) -> dict[str, Network]:
-    """Returns networks in numbers, by name: policy, reference, reward, reward_2, value."""
+    """Returns networks in numbers, by name: policy, reference, reward, reward_2, gold, value."""
     return {
         name: Network(
             count_network(name, network, args),
@@ -156,7 +156,7 @@ def count_network(name: str, network: nn.Module, args: ReMaxConfig) -> Counts:
 
 
 def networks_of_configs(
-    model: Any, reward_model: Any, args: ReMaxConfig, value_model: Any = None
+    model: Any, reward_model: Any, args: ReMaxConfig, value_model: Any = None, gold_model: Any = None
 ) -> dict[str, nn.Module]:
     """Returns the networks that a run would hold, on the meta device: they have shapes and no weights.
 
@@ -165,6 +165,7 @@ def networks_of_configs(
         reward_model: that of the reward model; None if functions give the reward.
         args: the settings of the run.
         value_model: what PPO's value model starts from; by default the reward model, and the policy without one.
+        gold_model: that of a reward model for evaluations.
 
     Raises:
         UserError: a config is none of a language model.
@@ -176,6 +177,8 @@ def networks_of_configs(
         networks["reference"] = _on_meta(build, model, flag="--model").requires_grad_(False)
     if reward_model is not None:
         networks["reward"] = _on_meta(classify, reward_model, flag="--reward_model").requires_grad_(False)
+    if gold_model is not None:
+        networks["gold"] = _on_meta(classify, gold_model, flag="--gold_reward_model").requires_grad_(False)
     if args.method == "ppo":
         source, flag = (value_model, "--value_model") if value_model is not None else (reward_model or model, "--model")
         body = _on_meta(classify, source, flag=flag).base_model

@@ -20,6 +20,7 @@ from remax.plan.networks import Network
 from remax.plan.sharding import Split
 
 PHASES = ("rollout", "reward", "reference", "update")
+GOLD = "gold scoring, in evaluations"
 HEAP_LIMIT = 32 * 2**20
 """Larger tensors are mapped, and unmapped when they are freed."""
 FRAGMENTATION = 1.45
@@ -50,6 +51,8 @@ class Device:
     """cuda or cpu."""
     base: int = 0
     """Bytes that are taken before a model is loaded: on a CPU by libraries."""
+    memory: int = 0
+    """All bytes of a GPU, of which a colocated vLLM takes a fraction."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def predict(
         grads, own = total(moment.gradients), total(moment.own)
         if on_cpu:
             own += heap - _small([*moment.gradients, *moment.own])
+        own += of_vllm(args, device, asleep=moment.phase != "rollout")
         weights = _resident(networks, args, moment, split, on_cpu=on_cpu)
         peak = Peak(moment.phase, moment.name, device.base, weights, states, grads, own)
         if moment.phase not in peaks or peak.total > peaks[moment.phase].total:
@@ -114,6 +118,18 @@ def largest(peaks: Mapping[str, Peak]) -> Peak:
 def as_record(peaks: Mapping[str, Peak]) -> dict[str, Any]:
     """Returns the peaks as JSON takes them."""
     return {phase: {**asdict(peak), "total": peak.total} for phase, peak in peaks.items()}
+
+
+def of_vllm(args: ReMaxConfig, device: Device, *, asleep: bool = False) -> int:
+    """Returns what a colocated vLLM takes of a GPU, its copy of the weights included; on a CPU that is not known.
+
+    asleep: between rollouts, where it holds nothing unless --vllm_enable_sleep_mode is false.
+    """
+    if args.rollout_engine != "vllm" or args.vllm_mode != "colocate" or device.kind != "cuda":
+        return 0
+    if asleep and args.vllm_enable_sleep_mode is not False:
+        return 0
+    return int(args.vllm_gpu_memory_utilization * device.memory)
 
 
 def _small(blocks: list[Block]) -> int:
@@ -134,6 +150,9 @@ def _resident(networks: Mapping[str, Network], args: ReMaxConfig, moment: Moment
     held = 0
     for name, network in networks.items():
         own, is_reward, is_reference = network.counts, name.startswith("reward"), name == "reference"
+        if name == "gold":  # float32 and whole, and between the evaluations on the CPU
+            held += 4 * own.parameters * (on_cpu or moment.name == GOLD)
+            continue
         needed = (is_reward and moment.name == "scoring") or (is_reference and moment.of_reference)
         placement = args.reward_placement if is_reward else args.reference_placement if is_reference else "resident"
         if on_cpu or needed or placement == "resident":
@@ -160,6 +179,8 @@ def moments(
 
 def _rollout(network: Network, args: ReMaxConfig, work: Workload, split: Split, *, on_gpu: bool) -> list[Moment]:
     """The prompts' tokens are read once; then every row draws token by token."""
+    if args.rollout_engine == "vllm":
+        return [Moment("rollout", "drawing in vLLM", [])]
     w, seen = network.widths, split.passes(args)
     rows_of_prompt = args.num_generations + args.needs_greedy
     prompts = work.prompts
@@ -190,6 +211,9 @@ def _reward(networks: Mapping[str, Network], args: ReMaxConfig, work: Workload, 
         if name.startswith("reward"):
             tokens = formulas.forward_only(network.widths, rows * work.length, half=args.bf16)
             found.append(Moment("reward", "scoring", [*tokens, *split.gathered(network, args)]))
+    if "gold" in networks:
+        tokens = formulas.forward_only(networks["gold"].widths, args.reward_batch_size * work.length, half=False)
+        found.append(Moment("reward", GOLD, tokens))
     return found
 
 

@@ -49,8 +49,11 @@ def levers(args: ReMaxConfig, work: Workload, *, has_reward_model: bool, on_gpu:
     found = [
         Lever(1, "more and smaller passes", _halves("micro_batch_tokens", micro, work.length)),
         Lever(1.5, "more and smaller passes", _halves("reward_batch_size", min(rows, args.reward_batch_size), 1)),
-        Lever(4, "a longer rollout", _halves("rollout_batch_size", together, rows_of_prompt)),
     ]
+    if args.rollout_engine != "vllm":
+        found.append(Lever(4, "a longer rollout", _halves("rollout_batch_size", together, rows_of_prompt)))
+    elif args.vllm_mode == "colocate" and args.vllm_enable_sleep_mode is False:
+        found.append(Lever(4, "vLLM goes to sleep in every step", [{"vllm_enable_sleep_mode": True}]))
     if args.optim == "adamw_torch":
         found.append(Lever(0, NO_PRICE, [{"optim": "adamw_torch_fused"}]))
     # The exact KL reads the reference in every micro-batch; with an adapter the reference is the policy itself.

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from remax.plan.command import Plan
 from remax.plan.network import received
-from remax.plan.phases import largest
+from remax.plan.phases import largest, of_vllm
 from remax.plan.proposals import Proposal
 from remax.untrusted import printable
 
@@ -60,7 +60,19 @@ def _heading(plan: Plan) -> list[str]:
             f"All {inputs.num_devices} devices together take the {plan.args.batch_size} prompts of --batch_size; what "
             f"they split is that of `--accelerate_config {inputs.sharding}`."
         )
+    if args.rollout_engine == "vllm":
+        lines.append(_vllm(plan))
     return lines
+
+
+def _vllm(plan: Plan) -> str:
+    args, share = plan.args, of_vllm(plan.args, plan.memory.device)
+    if args.vllm_mode == "server":
+        return "vLLM: the memory of its server is not counted; GPUs that train cannot be the server's too."
+    if not share:
+        return "vLLM: what it takes of a CPU's memory is not known and not counted."
+    when = "all the time" if args.vllm_enable_sleep_mode is False else "in rollouts, and nothing between them"
+    return f"vLLM: {gib(share)} GiB of each device {when} (--vllm_gpu_memory_utilization)."
 
 
 def _parameters(count: int) -> str:

@@ -23,6 +23,8 @@ from remax.interfaces import Completion
 from remax.rewards.programmed import ProgrammedReward
 from remax.untrusted import shown
 
+EXTRAS = {"math_verify": 'pip install "remax-rlhf[math]"', "reasoning_gym": 'pip install "remax-rlhf[reasoning]"'}
+"""Packages that recipes use in their reward functions, and how to install them."""
 SECONDS_TO_CANCEL = 1.0
 """How long an async function may take to end after it was cancelled."""
 
@@ -287,12 +289,22 @@ def _make_importable(folder: Path) -> None:
 
 
 def _import_error(error: BaseException, spec: str, source: str) -> UserError:
+    if isinstance(error, ModuleNotFoundError) and (missing := _package_that_is_missing(error, source)):
+        # A name is not the name of its package: who guesses may install somebody else's.
+        advice = f"run {EXTRAS[missing]}" if missing in EXTRAS else "install what has it, or correct the import"
+        return UserError(f"--reward_funcs has {spec}: {source} imports {missing}, which is not installed; {advice}.")
     if isinstance(error, SyntaxError):
         reason = f"{error.msg}, line {error.lineno}"
     else:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == Path(source)]
         reason = f"{type(error).__name__}: {error}" + (f", line {lines[-1]}" if lines else "")
     return UserError(f"--reward_funcs has {spec}: {source} cannot be imported ({reason}); correct it.")
+
+
+def _package_that_is_missing(error: ModuleNotFoundError, source: str) -> str | None:
+    """Returns what an import did not find, if it is all of a package and not the user's own module."""
+    name = error.name or ""
+    return None if "." in name or name == source.partition(".")[0] else name
 
 
 def _advice(module: ModuleType, name: str) -> str:
