@@ -13,7 +13,7 @@ from typing import Any
 try:
     import reasoning_gym
 except ImportError:
-    sys.exit("reasoning-gym is not installed: no puzzle can be made; pip install reasoning-gym.")
+    sys.exit('reasoning-gym is not installed: no puzzle can be made; run pip install "remax-rlhf[reasoning]".')
 
 TASKS = ["chain_sum", "gcd", "leg_counting", "letter_counting", "number_sorting", "simple_equations"]
 """Of `reasoning_gym.factory.DATASETS`, which has about a hundred. The reward reads an entry back from JSON: a task
