@@ -1,4 +1,6 @@
-"""Prompts and decoding, with tokenizers whose ids can be told by hand."""
+"""Prompts, with tokenizers whose ids can be told by hand."""
+
+# ruff: noqa: F811
 
 import json
 import random
@@ -8,73 +10,14 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from remax.data import (
-    check_tokenizer,
-    decode_completions,
-    eos_token_ids,
-    prepare_prompts,
-)
+from prompt_tokenizers import byte_tokenizer, chat, llama, llama_ids, llama_tokenizer, prepare, say  # noqa: F401
+from remax.data import check_tokenizer, eos_token_ids
 from remax.errors import UserError
-from remax.interfaces import Completion, Message, Prompt
+from remax.interfaces import Message, Prompt
 
 START, END, BOS = 256, 257, 258
-CHATML = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' and strict is defined %}{{ raise_exception('no system role') }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if tools %}{{ 'tools=' + tools | map(attribute='name') | join('+') }}{% endif %}"
-    "{% if mood is defined %}{{ 'mood=' + mood | string }}{% endif %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def byte_names() -> dict[int, str]:
-    """GPT-2's spelling of the 256 bytes: printable ones as they are, the others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-def byte_tokenizer(**kwargs: Any) -> Any:
-    """Byte-level, without merges: the id of a byte is the byte, then <|im_start|>, <|im_end|>, <bos>."""
-    core = Tokenizer(models.BPE(vocab={name: byte for byte, name in byte_names().items()}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<bos>"])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", **kwargs)
-
-
-def llama_tokenizer(single: str = "<s> $A") -> Any:
-    """Like Llama's: a space is '▁' and one is put in front; bytes for what is not in the vocabulary; BOS.
-
-    Ids: <unk> 0, <s> 1, </s> 2, byte b at 3 + b, '▁' 259, a-z from 260.
-    """
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    core.add_special_tokens(["<unk>", "<s>", "</s>"])
-    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def llama_ids(text: str) -> list[int]:
-    """The toy Llama's ids of a text, without its tokenizer."""
-    pieces = " " + text
-    return [
-        i
-        for char in pieces
-        for i in (
-            [259] if char == " " else [260 + ord(char) - 97] if "a" <= char <= "z" else [3 + b for b in char.encode()]
-        )
-    ]
 
 
 def chatml_ids(*messages: Message, answer: bool = True, text: str = "") -> list[int]:
@@ -83,31 +26,6 @@ def chatml_ids(*messages: Message, answer: bool = True, text: str = "") -> list[
     for message in messages:
         ids += [START, *f"{message['role']}\n{message['content']}".encode(), END, *b"\n"]
     return ids + list(text.encode()) + ([START, *b"assistant\n"] if answer else [])
-
-
-def say(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def prepare(rows: Any, tokenizer: Any, **settings: Any) -> tuple[list[Prompt], int]:
-    if not isinstance(rows, Dataset):
-        rows = Dataset.from_dict({"prompt": rows}, on_mixed_types="use_json")
-    defaults = {"max_prompt_length": 1000, "overlong": "filter", "system_prompt": None, "flag": "--train_dataset"}
-    return prepare_prompts(rows, tokenizer, **(defaults | settings))
-
-
-def complete(prompt: Prompt, ids: list[int]) -> Completion:
-    return Completion(prompt, 0, ids, [], truncated=False)
-
-
-@pytest.fixture(scope="module")
-def chat() -> Any:
-    return byte_tokenizer(chat_template=CHATML)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return llama_tokenizer()
 
 
 # Standard prompts
@@ -386,87 +304,3 @@ def test_check_tokenizer_refuses_one_without_eos() -> None:
 def test_eos_ids_are_the_union_of_config_and_tokenizer(configured: Any, expected: tuple[int, ...]) -> None:
     assert eos_token_ids(SimpleNamespace(eos_token_id=configured), byte_tokenizer()) == expected
     assert eos_token_ids(None, byte_tokenizer()) == (257,)
-
-
-# Decoding
-
-
-def test_space_between_prompt_and_completion_survives(llama: Any) -> None:
-    (prompt,), _ = prepare(["a time"], llama)
-    completions = [complete(prompt, ids) for ids in ([*llama_ids("there was"), 2], llama_ids("s")[1:], [2], [])]
-    decode_completions(llama, completions)
-    assert [c.text for c in completions] == [" there was", "s", "", ""]
-    assert completions[0].content == " there was"
-    decode_completions(llama, [])
-
-
-def test_characters_split_between_prompt_and_completion(llama: Any, chat: Any) -> None:
-    euro = "€".encode()
-    for tokenizer, first in (llama, 3), (chat, 0):
-        letter, before = (260, [1]) if first else (ord("a"), [])
-        euro_ids = [first + byte for byte in euro]
-        for cut in (1, 2):
-            prompt = Prompt(0, "a", [*before, letter, *euro_ids[:cut]])
-            completion = complete(prompt, [*euro_ids[cut:], letter])
-            decode_completions(tokenizer, [completion])
-            assert completion.text == "€a"
-        # A completion that starts with half a character must not take the prompt's last character along.
-        completion = complete(Prompt(0, "a€", [*before, letter, *euro_ids]), [*euro_ids[:1], letter])
-        decode_completions(tokenizer, [completion])
-        assert completion.text == "\ufffda"
-
-
-def test_replacement_characters_of_the_prompt_itself_stay_its_own(chat: Any) -> None:
-    prompt = Prompt(0, "a\ufffd", list("a\ufffd".encode()))
-    completion = complete(prompt, list(b"b"))
-    decode_completions(chat, [completion])
-    assert completion.text == "b"
-
-
-def test_after_a_chat_header_the_completion_is_decoded_alone(llama: Any) -> None:
-    hello = [*llama_ids("hello"), 2]
-    messages = Prompt(0, [say("user", "x")], [1, *llama_ids("x")])
-    rendered = Prompt(1, "x</s>", [1, *llama_ids("x"), 2])
-    prefilled = Prompt(2, [say("user", "x"), say("assistant", "oh")], [1, *llama_ids("oh")])
-    completions = [complete(prompt, hello) for prompt in (messages, rendered, prefilled)]
-    decode_completions(llama, completions)
-    assert [c.text for c in completions] == ["hello", "hello", " hello"]
-    assert completions[0].content == [say("assistant", "hello")]
-
-
-def test_spaces_are_not_cleaned_up() -> None:
-    words = ["[UNK]", "good", "movie", ".", "n't", "[EOS]"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="[UNK]", eos_token="[EOS]", clean_up_tokenization_spaces=True
-    )
-    assert tokenizer.decode([1, 2, 3]) == "good movie."
-    (prompt,), _ = prepare(["good"], tokenizer)
-    completion = complete(prompt, [2, 3, 5])
-    decode_completions(tokenizer, [completion])
-    assert completion.text == " movie ."
-
-
-@pytest.mark.parametrize("kind", ["tinystories", "llama", "bytes"])
-def test_prompt_and_completion_join_to_the_whole_text(kind: str, shared: Path, request: pytest.FixtureRequest) -> None:
-    if kind == "tinystories":
-        tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue("tinystories"))
-    else:
-        tokenizer = llama_tokenizer() if kind == "llama" else byte_tokenizer()
-    lines = (shared / "data" / "sentiment" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [text for line in lines[:150] for text in json.loads(line).values()]
-    texts += ["Zoë  said “naïve” — 東京 😀 ok", " two  spaces ", "a\n\n b\t"]
-    generator = random.Random(0)
-    completions, wholes = [], []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        for _ in range(4):
-            cut = generator.randrange(2, len(ids) + 1)
-            completions.append(complete(Prompt(0, text, ids[:cut]), ids[cut:]))
-            wholes.append(text)
-    decode_completions(tokenizer, completions)
-    for completion, whole in zip(completions, wholes, strict=True):
-        start = tokenizer.decode(completion.prompt.token_ids, skip_special_tokens=True)
-        # Bytes of a character that the completion finishes.
-        assert start.rstrip("\ufffd") + completion.text == whole

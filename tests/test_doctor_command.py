@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from doctor_checks import TEXTS, write_lines
 from remax.cli import main
 from remax.config import DoctorOptions, ReMaxConfig, TrainInputs
 from remax.doctor import machine, quick_warnings
 from remax.doctor.command import CHECKS
 from remax.doctor.context import Context
 from remax.flags import parse
-from test_doctor import TEXTS, write_lines
 from toy_tokenizers import EOS, PAD, toy_tokenizer
 from toy_training import policy
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from fuzzing import fuzz, outcome
+from prompt_tokenizers import CHATML, byte_tokenizer, llama_tokenizer
 from remax.data import (
     check_tokenizer,
     has_references,
@@ -24,7 +25,6 @@ from remax.errors import UserError
 from remax.interfaces import Prompt
 from remax.stages.common import short_pairs
 from remax.stages.sft import as_examples
-from test_data import CHATML, byte_tokenizer, llama_tokenizer
 
 FLAG = "--train_dataset"
 COLUMNS = ["prompt", "chosen", "rejected", "completion", "text", "messages", "tools", "chat_template_kwargs"]

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import strategies as st
 
 from fuzzing import check_sentence, fuzz
+from raw_server import reply, serving, two
 from remax.rewards.remote import RemoteReward
 from remax.rewards.server import Refusal, RewardServer, parse_request
 from remax.untrusted import printable
-from test_remote_rewards import reply, serving, two
 
 json_values = st.recursive(
     st.none()

@@ -10,8 +10,9 @@ from remax.interfaces import Completion, Prompt
 from remax.placement import Placed
 from remax.precision import hold_in_bfloat16
 from remax.rewards import RewardModel
-from test_rewards import reward_llama, toy_tokenizer
+from test_reward_models import reward_llama
 from tiny_models import tiny_model
+from toy_tokenizers import toy_tokenizer
 
 
 class Elsewhere(Placed):
