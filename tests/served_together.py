@@ -1,6 +1,7 @@
 """A training in several processes whose completions one server draws; run by torchrun for test_vllm_together.py.
 
-python -m torch.distributed.run --nproc_per_node 2 served_together.py FOLDER URL [STEP]; the server ends before STEP.
+python -m torch.distributed.run --nproc_per_node 2 served_together.py FOLDER URL KIND [STEP]; KIND is ddp, fsdp2 or,
+with the variables of Accelerate's launcher, zero3; the server ends before STEP.
 """
 
 import sys
@@ -8,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from remax import processes
 from remax.errors import GuardStop
+from together import Sharding
 from toy_training import calm_policy, lively, make_trainer
 
 
@@ -36,8 +39,10 @@ def train(folder: Path, url: str, last_step: int = 0) -> Any:
 
 
 if __name__ == "__main__":
+    if sys.argv[3] == "fsdp2":
+        processes.Accelerator = Sharding  # type: ignore[misc]
     try:
-        train(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+        train(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[4:]))
     except GuardStop as stop:
         print(f"stopped: {stop}", flush=True)
         sys.exit(3)

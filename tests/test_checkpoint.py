@@ -258,6 +258,9 @@ def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "run.json").write_text("{")
     with pytest.raises(UserError, match="holds no training with checkpoints"):
         start_of(folder)
+    nowhere = RunFolder(str(tmp_path / "nowhere"), resumes=True)
+    with pytest.raises(UserError, match=r"--resume is x: there is no training in .*nowhere to go on with"):
+        start_of(nowhere, resume="x")
 
 
 def test_a_run_that_was_killed_while_it_made_its_folder_begins_again(tmp_path: Path) -> None:

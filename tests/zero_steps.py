@@ -1,6 +1,7 @@
-"""One step of SGD under DeepSpeed's ZeRO, run by torchrun for test_zero.py, and by the test itself without DeepSpeed.
+"""Steps and trainings under DeepSpeed's ZeRO, run by torchrun for test_zero.py, and by the test without DeepSpeed.
 
 ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_ZERO_STAGE=3 torchrun --nproc_per_node 2 zero_steps.py FOLDER CASE
+where CASE is one of SETTINGS, for one step of SGD, or "NAME in WHERE" for a training; without ZeRO it is under FSDP2.
 """
 
 import math
@@ -16,6 +17,7 @@ from remax import learner, processes, zero
 from remax.learner import Learner
 from remax.methods import critic_free
 from remax.metrics import step_metrics
+from together import Sharding
 from toy_training import calm_policy, lively, make_trainer
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,8 +61,14 @@ def run(folder: Path, case: str) -> dict[str, Any]:
     return {"before": before, "after": weights(trainer.policy), "metrics": metrics, "held": held}
 
 
-def by_sgd() -> None:
-    """Makes every optimiser plain SGD, and DeepSpeed divide small weights too."""
+def train(folder: Path, name: str) -> None:
+    """Trains for four steps, going on from the last checkpoint in the folder if there is one."""
+    settings = {"max_steps": 4, "save_steps": 2, "resume": "auto", "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
+    make_trainer(folder, lively, model=calm_policy(1), **settings, **SETTINGS[name]).train()
+
+
+def divide_all() -> None:
+    """Makes DeepSpeed divide small weights too."""
     configure = zero.configure
 
     def divides_all(accelerator: Any, max_grad_norm: float) -> None:
@@ -68,15 +76,26 @@ def by_sgd() -> None:
         stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         stage["stage3_param_persistence_threshold"] = 0
 
+    learner.configure = divides_all
+
+
+def by_sgd() -> None:
+    """Makes every optimiser plain SGD."""
     learner.make_optimizer = lambda network, args: torch.optim.SGD(  # type: ignore[assignment]
         [p for p in network.parameters() if p.requires_grad], lr=0.1
     )
-    learner.configure = divides_all
 
 
 if __name__ == "__main__":
     here = processes.join_processes()
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
+    if not BY_ZERO:
+        processes.Accelerator = Sharding  # type: ignore[misc]
+    divide_all()
+    for training in [case for case in cases if " in " in case]:
+        name, _, where = training.partition(" in ")
+        train(folder / where, name)
     by_sgd()
-    results = {case: run(Path(sys.argv[1]), case) for case in sys.argv[2:]}
+    results = {case: run(folder, case) for case in cases if " in " not in case}
     if here.is_main:
-        torch.save({"num_processes": here.num, "results": results}, Path(sys.argv[1]) / "results.pt")
+        torch.save({"num_processes": here.num, "results": results}, folder / "results.pt")

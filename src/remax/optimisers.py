@@ -45,6 +45,7 @@ def make_optimizer(network: nn.Module, args: OptimiserOptions) -> torch.optim.Op
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # DeepSpeed drops empty ones; schedules count on them.
     if args.optim == "adafactor":
         return _Adafactor(groups, lr=args.learning_rate, scale_parameter=False, relative_step=False)
     adam: dict[str, Any] = {

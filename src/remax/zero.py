@@ -5,8 +5,7 @@ other ways is in the learner; here is what it wants to be asked for otherwise.
 """
 
 import math
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,11 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
-from remax.errors import UserError
 from remax.guards.finite import NotFinite
-
-PARTS = "zero"
-"""The folder of DeepSpeed's files in a checkpoint's shards."""
 
 
 def stage_of(accelerator: Accelerator) -> int:
@@ -108,40 +103,90 @@ def is_engine(network: Any) -> bool:
     return type(network).__module__.startswith("deepspeed.")
 
 
-def save(engine: Any, folder: Path) -> None:
-    """Writes weights and optimiser states in DeepSpeed's own format; to be called by all processes."""
-    engine.save_checkpoint(str(folder), tag=PARTS, save_latest=False, exclude_frozen_parameters=True)
+def trained(engine: Any) -> list[tuple[Tensor, Tensor]]:
+    """Returns the weights that are trained, each with the vector of DeepSpeed's that holds this process' part of it.
 
-
-def check_parts(network: Any, folder: Path) -> None:
-    """Raises UserError if a checkpoint, or the processes here, are DeepSpeed's and do not fit.
-
-    Its parts are for as many processes as wrote them, and for the same stage.
+    They are in the order of the optimiser as it was before DeepSpeed let it step on the vectors; so states are theirs.
     """
-    num_parts = len(list((folder / PARTS).glob("*optim_states.pt")))
-    if bool(num_parts) != is_engine(network):
-        said, instead = ("a ", "zero2 or zero3") if num_parts else ("no ", "ddp or fsdp2")
-        raise UserError(
-            f"--resume goes on from {folder.parent}: that is {said}checkpoint of DeepSpeed, whose parts only it can "
-            f"read; start the processes with --accelerate_config {instead}."
-        )
-    if num_parts and num_parts != torch.distributed.get_world_size():
-        raise UserError(
-            f"--resume goes on from {folder.parent}: {num_parts} processes wrote it, and DeepSpeed's parts fit no "
-            f"other number; set --num_processes {num_parts}."
-        )
-    stage = 2 if (folder / PARTS / "mp_rank_00_model_states.pt").exists() else 3  # there each process writes weights
-    if num_parts and network.zero_optimization_stage() != stage:
-        raise UserError(
-            f"--resume goes on from {folder.parent}: that is a checkpoint of ZeRO-{stage}, whose parts fit no other "
-            f"stage; start the processes with --accelerate_config zero{stage}."
-        )
+    by = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        groups = zip(by.fp16_groups, by.fp32_partitioned_groups_flat, strict=True)
+    else:
+        groups = zip(by.bit16_groups, by.single_partition_of_fp32_groups, strict=True)
+    return [(weight, vector) for weights, vector in groups for weight in weights]
 
 
-def load(engine: Any, folder: Path) -> None:
-    """Puts back what `save` wrote; rates and betas stay those of the settings."""
+def shape_of(weight: Tensor) -> torch.Size:
+    """Returns the shape of all of a weight, of which this process may hold a part."""
+    return torch.Size(getattr(weight, "ds_shape", weight.shape))
+
+
+def state_of(engine: Any, weight: Tensor, vector: Tensor) -> Iterator[tuple[str, Any]]:
+    """Yields what the optimiser holds of a weight, tensors whole and one after the other.
+
+    To be called by all processes, in one order.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    states = engine.optimizer.optimizer.state.get(vector, {})
+    _link(engine, weight, vector)
+    for key, value in states.items():
+        is_like_weight = isinstance(value, Tensor) and value.shape == vector.shape
+        yield key, safe_get_full_optimizer_state(weight, key) if is_like_weight else value
+
+
+def put_weights(engine: Any, values_of: Callable[[Tensor], Tensor]) -> None:
+    """Replaces the weights that are trained by others, whole ones; to be called by all processes."""
+    import deepspeed
+
+    for weight, _ in trained(engine):
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            weight.copy_(values_of(weight))
+    engine.optimizer.refresh_fp32_params()
+
+
+def put_states(engine: Any, states_of: Callable[[int], Iterable[tuple[str, Any]]]) -> None:
+    """Replaces what the optimiser has learned; rates and betas stay. To be called by all processes.
+
+    states_of: names and values, tensors whole, by a weight's number.
+    """
+    for number, (weight, vector) in enumerate(trained(engine)):
+        for key, value in states_of(number):
+            if isinstance(value, Tensor) and value.dim() > 0:
+                _put_state(engine, weight, vector, key, value)
+            else:
+                _put_count(engine, vector, key, value)
+
+
+def _put_state(engine: Any, weight: Tensor, vector: Tensor, key: str, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    # The optimiser itself would make them in its first step.
+    engine.optimizer.optimizer.state[vector].setdefault(key, torch.zeros_like(vector))
+    if not is_divided(weight):
+        _link(engine, weight, vector)
+        safe_set_full_optimizer_state(weight, value, key)
+        return
+    # Its own way to set all of it fails where the last process' part is filled up.
+    length, rank = weight.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
+    values = value.flatten()[length * rank : length * (rank + 1)]
+    part = torch.zeros(length, dtype=value.dtype)
+    part[: len(values)] = values
+    safe_set_local_optimizer_state(weight, part, key)
+
+
+def _link(engine: Any, weight: Tensor, vector: Tensor) -> None:
+    """Lets ZeRO-2 find a weight's states, which it looks for only once, after its first vector's first step."""
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    if not is_divided(weight):
+        lazy_init_hp_params_optimizer_state([weight], vector, engine.optimizer.optimizer.state)
+
+
+def _put_count(engine: Any, vector: Tensor, key: str, value: Any) -> None:
+    """Puts a number of steps, which all weights of a vector share: the most that any of them has taken."""
     optimizer = engine.optimizer.optimizer
-    kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    engine.load_checkpoint(str(folder), tag=PARTS, load_module_strict=False, load_lr_scheduler_states=False)
-    for group, settings in zip(optimizer.param_groups, kept, strict=True):
-        group.update(settings)
+    if isinstance(value, Tensor) and optimizer.defaults.get("fused"):
+        value = value.to(vector.device)  # One kernel reads it; several want it where Python can.
+    state = optimizer.state[vector]
+    state[key] = max(state.get(key, value), value)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +63,7 @@ def write_checkpoint(path: Path, fill: Callable[[Path], None]) -> None:
 
 def publish(partial: Path, path: Path) -> None:
     """Makes a checkpoint of a folder that is complete: it appears under its name once all of it is on the disk."""
+    give_usual_rights(partial)
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file != partial / MANIFEST)
     entries = {}
     for file in files:
@@ -164,6 +166,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def give_usual_rights(folder: Path) -> None:
+    """Gives every file in a folder the rights of a new one: safetensors writes its own for their owner alone."""
+    new = folder / ".new"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def sync_tree(folder: Path) -> None:

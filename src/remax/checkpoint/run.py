@@ -138,9 +138,9 @@ class Run:
         return checkpoints[-1] if checkpoints else None
 
     def due(self, step: int, *, ended: bool) -> bool:
-        """Whether the state is to be saved after this step."""
+        """Whether the state is to be saved after this step. ended: no step follows, for whatever reason."""
         every = self.options.save_steps
-        return every >= 0 and (ended or self.signals.received is not None or (every > 0 and step % every == 0))
+        return every >= 0 and (ended or (every > 0 and step % every == 0))
 
     def raise_if_stopped(self, step: int) -> None:
         """Raises Interrupted if Ctrl-C or SIGTERM came during the step, whose state has been saved."""

@@ -43,6 +43,11 @@ def find_start(folder: RunFolder, options: CheckpointOptions, config: Mapping[st
         return Start()
     if folder.held == FOLDER and not is_begun(folder.path):  # Killed before it wrote anything.
         return Start(over=True)
+    if folder.held is None:
+        raise UserError(
+            f"--resume is {options.resume}: there is no training in {folder.path} to go on with; correct --output_dir, "
+            "or set --resume auto, which begins one where there is none."
+        )
     run = _read_run(folder, options, kind)
     checkpoint = _usable(folder, options)
     facts = read_facts(checkpoint) if checkpoint else {}
@@ -67,7 +72,7 @@ def _read_run(folder: RunFolder, options: CheckpointOptions, kind: str) -> dict[
         found, _ = str(run["kind"]), dict(run["config"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
-            f"--resume is {options.resume}: {folder.path} holds no training with checkpoints ({folder.held or 'it'} is "
+            f"--resume is {options.resume}: {folder.path} holds no training with checkpoints ({folder.held} is "
             f"there, {FOLDER}/{RUN} is not readable); set a new --output_dir, or delete that one."
         ) from None
     if found != kind:

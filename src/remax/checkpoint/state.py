@@ -115,12 +115,7 @@ def write_shards(trainer: Any, folder: Path) -> dict[str, Any]:
     Raises:
         OSError: they could not be written.
     """
-    learners = _learners(trainer)
-    if zero.is_engine(trainer.policy.network):
-        zero.save(trainer.policy.network, folder)
-        return {name: {} for name in learners}
-    shards.write_shards(folder, learners)
-    return {name: shards.other_states(learner) for name, learner in learners.items()}
+    return shards.write_shards(folder, _learners(trainer))
 
 
 def num_bytes(trainer: Any) -> int:
@@ -138,20 +133,18 @@ def restore(trainer: Any, checkpoint: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         UserError: the checkpoint is of another model or method.
     """
-    in_parts = (checkpoint / SHARDS).is_dir()
-    zero.check_parts(trainer.policy.network, checkpoint / SHARDS)
-    for name, network in {} if in_parts else _networks(trainer).items():
-        _restore_weights(network, checkpoint / f"{name}.safetensors")
+    learners, in_parts = _learners(trainer), (checkpoint / SHARDS).is_dir()
+    networks = {} if in_parts else _networks(trainer)
+    for name, network in networks.items():
+        _restore_weights(network, learners[name], checkpoint / f"{name}.safetensors")
     training = _load(checkpoint)
     with _reading(checkpoint):
-        if in_parts and zero.is_engine(trainer.policy.network):
-            zero.load(trainer.policy.network, checkpoint / SHARDS)
-        elif in_parts:
-            others = {name: own["optimizer"] for name, own in training["learners"].items()}
-            shards.read_shards(checkpoint / SHARDS, _learners(trainer), others)
-        for name, learner in _learners(trainer).items():
+        optimizers = {name: training["learners"][name]["optimizer"] for name in learners}
+        if in_parts:
+            shards.read_shards(checkpoint / SHARDS, learners, optimizers)
+        for name, learner in learners.items():
             if not in_parts:
-                _restore_optimizer(learner, training["learners"][name]["optimizer"])
+                _restore_optimizer(learner, optimizers[name])
             _restore_schedule(learner, training["learners"][name]["num_steps"])
         for name, part in _stateful(trainer).items():
             if name in training["parts"]:
@@ -197,7 +190,7 @@ def fingerprint(network: nn.Module, without: str | None = None) -> str:
         if without is None or without not in name:
             values = whole(parameter).flatten()
             some = values[:: max(1, len(values) // VALUES_PER_TENSOR)].float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+            digest.update(f"{name} {tuple(zero.shape_of(parameter))}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -230,15 +223,20 @@ def _trainable(network: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, p.detach().contiguous()) for name, p in network.named_parameters() if p.requires_grad]
 
 
-def _restore_weights(network: nn.Module, file: Path) -> None:
+def _restore_weights(network: nn.Module, learner: Any, file: Path) -> None:
     own = {name: p for name, p in network.named_parameters() if p.requires_grad}
     with _reading(file.parent):
         saved = load_file(file) if file.exists() else {}
-    if {name: p.shape for name, p in own.items()} != {name: tensor.shape for name, tensor in saved.items()}:
+    shapes = {name: zero.shape_of(parameter) for name, parameter in own.items()}
+    if shapes != {name: tensor.shape for name, tensor in saved.items()}:
         raise UserError(
             f"--resume names {file.parent}: its {file.stem} has other weights than the one that is trained here; "
             "resume with the --model and the settings of that run."
         )
+    if zero.is_engine(learner.network):
+        names: dict[Tensor, str] = {parameter: name for name, parameter in own.items()}
+        zero.put_weights(learner.network, lambda parameter: saved[names[parameter]])
+        return
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(part_like(parameter, saved[name]))
@@ -246,6 +244,9 @@ def _restore_weights(network: nn.Module, file: Path) -> None:
 
 def _restore_optimizer(learner: Any, saved: Mapping[int, Any]) -> None:
     """Puts back what the optimiser has learned. Rates and betas are those of the settings, which may be changed."""
+    if zero.is_engine(learner.network):
+        zero.put_states(learner.network, lambda number: saved.get(number, {}).items())
+        return
     groups = learner.optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
     states = {number: _mapped(own, functools.partial(part_like, parameters[number])) for number, own in saved.items()}

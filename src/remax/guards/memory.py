@@ -64,7 +64,8 @@ class MemoryGuard:
         if not self.redoes:
             raise UserError(
                 f"--{setting} is {size} here: memory does not suffice ({reason}), and where several processes wait for "
-                f"each other nothing is done again; set --{setting} {max(1, size // 2)}, and go on with --resume auto."
+                f"each other nothing is done again; set --{setting} {max(1, size // 2)}, and go on with --resume auto "
+                "--allow_config_change."
             )
         if size <= smallest:
             raise GuardStop(
