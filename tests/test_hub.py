@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from remax import cards
 from remax.cards import base_card, model_card, policy_card
 from remax.config import ReMaxConfig
 from remax.errors import UserError
@@ -229,3 +230,21 @@ def test_a_base_model_without_a_proper_card_has_no_licence(text: str, tmp_path: 
     base_card.cache_clear()
     (tmp_path / "README.md").write_text(text)
     assert "license" not in ModelCard(model_card(base_model=str(tmp_path), title="T", lines=[])).data.to_dict()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_for_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def unreachable(url: str, timeout: float) -> None:
+        asked.append((url, timeout))
+        raise ConnectionError("no route")
+
+    def tries_again_and_again(*_: Any, **__: Any) -> str:
+        raise AssertionError("the download waits for half a minute")
+
+    base_card.cache_clear()
+    monkeypatch.setattr(cards, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(cards, "hf_hub_download", tries_again_and_again)
+    assert base_card("someone/unknown") == {}
+    assert base_card("someone/unknown") == {}
+    assert asked == [("https://huggingface.co/someone/unknown/resolve/main/README.md", 5)]

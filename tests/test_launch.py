@@ -247,8 +247,9 @@ def test_what_cannot_be_launched(tmp_path: Path, capsys: Any, monkeypatch: pytes
     assert "so one would be started" in refused(capsys, *train, *words)
     assert "without --accelerate_config" in refused(capsys, *train, "--num_processes", "2")
     assert "set 1 or more" in refused(capsys, *train, "--accelerate_config", "ddp", "--num_processes", "0")
-    for other in ("sft", "evaluate", "compare"):
-        assert "the only command that works in several" in refused(capsys, other, "--accelerate_config", "ddp")
+    for other in ("evaluate", "compare", "lab"):
+        said = refused(capsys, other, "--accelerate_config", "ddp")
+        assert "sft, reward and dpo, the commands that work in several" in said
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
     assert "DeepSpeed is not installed" in refused(capsys, *train, "--accelerate_config", "zero3")
     monkeypatch.setattr(launch, "_num_devices", lambda: 4)

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from remax.checkpoint.files import list_checkpoints, path_of, problem_of
 from remax.config import DPOConfig, RewardConfig, SFTConfig
 from remax.errors import Interrupted, UserError
-from remax.stages import common
+from remax.stages import run as stage_run
 from remax.stages.dpo import run_dpo
 from remax.stages.reward import run_reward
 from remax.stages.sft import run_sft
@@ -77,15 +77,15 @@ class Stop(Exception):
 
 def act_in(step: int, monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
     """Has something happen in the middle of a step, once."""
-    log = common.MetricsLog.on_log
+    log = stage_run.MetricsLog.on_log
 
     def acts(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         log(self, args, state, *rest, **kwargs)
         if state.global_step == step:
-            monkeypatch.setattr(common.MetricsLog, "on_log", log)
+            monkeypatch.setattr(stage_run.MetricsLog, "on_log", log)
             action()
 
-    monkeypatch.setattr(common.MetricsLog, "on_log", acts)
+    monkeypatch.setattr(stage_run.MetricsLog, "on_log", acts)
 
 
 def stop() -> None:
@@ -172,7 +172,7 @@ def test_a_stage_killed_before_it_wrote_its_model_writes_it(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("remax.stages.sft.save_policy", lambda *args, **kwargs: stop())
+        patch.setattr(stage_run.StageRun, "save", lambda *args, **kwargs: stop())
         with pytest.raises(Stop):
             run("sft", tmp_path / "parts")
     run("sft", tmp_path / "parts", resume="auto")

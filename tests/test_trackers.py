@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,7 +255,17 @@ def test_wandb_without_a_key_is_refused_before_anything_is_loaded(
 
 
 def wandb_records(folder: Path) -> tuple[Any, list[dict[str, Any]], list[int]]:
-    """Returns the run, its history and its exit codes, from the file that `wandb sync` would upload."""
+    """Returns the run, its history and its exit codes, from the file that `wandb sync` would upload.
+
+    Weights & Biases has a program of its own write it, which may end a little later.
+    """
+    until = time.monotonic() + 20
+    while not (records := _wandb_records(folder))[2] and time.monotonic() < until:
+        time.sleep(0.2)
+    return records
+
+
+def _wandb_records(folder: Path) -> tuple[Any, list[dict[str, Any]], list[int]]:
     proto = importlib.import_module("wandb.proto.wandb_internal_pb2")
     (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     begun, history, exits = [], [], []
@@ -269,7 +280,7 @@ def wandb_records(folder: Path) -> tuple[Any, list[dict[str, Any]], list[int]]:
             history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
         elif kind == "exit":
             exits.append(record.exit.exit_code)
-    return begun[-1], history, exits
+    return (begun or [None])[-1], history, exits
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:

@@ -84,7 +84,7 @@ def assemble(
         eval_prompts = load_prompts(eval_dataset, args.eval_split, tokenizer, args, flag="--eval_dataset")
         eval_prompts = eval_prompts[: args.num_eval_prompts]
 
-    accelerator = make_accelerator(args.bf16, args.report_to, args.output_dir, processes=processes)
+    accelerator = make_accelerator(args.bf16, args.output_dir, processes=processes)
     reward_functions = load_rewards(
         rewards,
         reward_processing_classes,

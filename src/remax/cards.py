@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from remax.untrusted import printable, shown
 
 SHOWN_OF_SETTINGS = (
     *("method", "train_dataset", "eval_dataset", "reward_model", "reward_funcs", "reward_weights"),
     *("batch_size", "num_generations", "learning_rate", "lr_scheduler_type", "optim", "beta", "kl_mode"),
-    *("max_completion_length", "temperature", "top_p", "top_k", "use_peft", "seed"),
+    *("max_length", "max_completion_length", "temperature", "top_p", "top_k", "use_peft", "seed"),
 )
 """What the model card lists; config.yaml has everything."""
 NAMES = ("train_dataset", "eval_dataset", "reward_model", "reward_funcs")
@@ -63,19 +63,38 @@ def policy_card(
     lines = [
         f"<code>{public_name(base_model)}</code> trained for {num_steps} steps with {METHOD_NAMES[method]} by remax. "
         f"Rewards: {', '.join(map(plain, rewards))}.",
-        "",
-        "## Settings",
-        "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _shown_settings(settings)),
+        *_table_of(settings),
         *_evaluation(evaluations),
-        *_curve([line for line in curve if line["step"] <= num_steps]),
+        *_curve([line for line in curve if line["step"] <= num_steps], CURVES),
     ]
     return model_card(
         base_model=base_model,
         title=f"Model after {METHOD_NAMES[method].split(' (')[0]}",
         lines=lines,
+        datasets=[str(settings.get("train_dataset") or "")],
+    )
+
+
+def stage_card(
+    base_model: str,
+    title: str,
+    lines: Iterable[str],
+    settings: Mapping[str, Any],
+    *,
+    curve: Sequence[Mapping[str, Any]],
+    shown: Mapping[str, str],
+    task: str,
+) -> str:
+    """Returns the card of a model after a supervised stage with these settings.
+
+    lines: what was done, and what was measured. curve: the lines of metrics.jsonl. shown: which of their metrics the
+    card shows, and what they are called there.
+    """
+    return model_card(
+        base_model=base_model,
+        title=title,
+        lines=[*lines, *_table_of(settings), *_curve(curve, shown)],
+        task=task,
         datasets=[str(settings.get("train_dataset") or "")],
     )
 
@@ -142,7 +161,12 @@ def base_card(base_model: str) -> dict[str, Any]:
     file = Path(base_model) / "README.md"
     with suppress(Exception):  # A card is a courtesy: without the hub, or with nonsense in one, there is none.
         if not Path(base_model).exists():
-            file = Path(hf_hub_download(base_model, "README.md", etag_timeout=5))
+            cached = try_to_load_from_cache(base_model, file.name)
+            if not isinstance(cached, str):
+                # Asks once: without the hub, the download alone would try for half a minute.
+                get_hf_file_metadata(hf_hub_url(base_model, file.name), timeout=5)
+                cached = hf_hub_download(base_model, file.name, etag_timeout=5)
+            file = Path(cached)
         front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", file.read_text(encoding="utf-8"), re.DOTALL)
         content = yaml.safe_load(front[1]) if front else None
         return content if isinstance(content, dict) else {}
@@ -157,6 +181,11 @@ def _is_metadata(value: Any) -> bool:
 
 def _is_on_hub(name: str) -> bool:
     return HUB_NAME.fullmatch(name) is not None and not name.startswith(".") and not Path(name).exists()
+
+
+def _table_of(settings: Mapping[str, Any]) -> list[str]:
+    rows = (f"| {name} | {value} |" for name, value in _shown_settings(settings))
+    return ["", "## Settings", "", "| setting | value |", "|---|---|", *rows]
 
 
 def _shown_settings(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -185,17 +214,17 @@ def _evaluation(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _curve(curve: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a table of the training at a few steps, evenly spread."""
+def _curve(curve: Sequence[Mapping[str, Any]], shown: Mapping[str, str]) -> list[str]:
+    """Returns a table of the training at a few steps, evenly spread. shown: the metrics and what they are called."""
     if not curve:
         return []
     last = len(curve) - 1
     count = min(MAX_CURVE_ROWS, len(curve))
     rows = [curve[round(row * last / max(count - 1, 1))] for row in range(count)]
-    names = [name for name in CURVES if any(row.get(name) is not None for row in curve)]
+    names = [name for name in shown if any(row.get(name) is not None for row in curve)]
     return [
         *("", "## Training", ""),
-        f"| step | {' | '.join(CURVES[name] for name in names)} |",
+        f"| step | {' | '.join(shown[name] for name in names)} |",
         "|---" * (len(names) + 1) + "|",
         *(f"| {row['step']} | {' | '.join(_number(row.get(name)) for name in names)} |" for row in rows),
     ]

@@ -82,7 +82,7 @@ def load_value_model(args: ReMaxConfig, policy: Any, tokenizer: Any, rewards: li
     models.disable_dropout(value_model.body)
     value_model.train(args.gradient_checkpointing)
     if args.gradient_checkpointing:
-        value_model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.recompute_activations(value_model.body)
     return value_model
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from remax.config import LaunchOptions, ReMaxConfig
+from remax.config import DPOConfig, LaunchOptions, ReMaxConfig, RewardConfig, SFTConfig
 from remax.errors import UserError
 from remax.untrusted import shown
 
@@ -45,6 +45,14 @@ def starts_others(options: LaunchOptions) -> bool:
             "and its own config counts; leave the flag out, or run remax without that launcher."
         )
     return True
+
+
+def check_replicates(options: LaunchOptions) -> None:
+    """Raises UserError if the config would divide weights among processes, which TRL's trainers are not tried with."""
+    if options.accelerate_config is not None:
+        kind = str(_read(_path(options.accelerate_config))["distributed_type"])
+        if kind in ("FSDP", "DEEPSPEED"):
+            _refuse_sharding(f"--accelerate_config is {shown(options.accelerate_config)}")
 
 
 def launch(options: LaunchOptions, arguments: Sequence[str]) -> int:
@@ -175,16 +183,21 @@ def _num_devices() -> int:
 # Started --------------------------------------------------------------------------------------------------------------
 
 
-def check_launcher(args: ReMaxConfig) -> None:
+def check_launcher(args: ReMaxConfig | SFTConfig | RewardConfig | DPOConfig) -> None:
     """Raises UserError if what a launcher has set contradicts the settings, or would be ignored.
 
     Accelerate's launcher hands its config over in environment variables.
     """
+    if not isinstance(args, ReMaxConfig):
+        for kind in ("FSDP", "DEEPSPEED"):
+            if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
+                _refuse_sharding(f"distributed_type is {kind} in the Accelerate config")
     for variable, neutral, said, instead in _CONFLICTS:
         value = os.environ.get(variable, "").lower()
         if value and value not in neutral and not (said == "mixed_precision" and args.bf16 and value == "bf16"):
+            instead = instead if isinstance(args, ReMaxConfig) else _OF_STAGES.get(said, instead)
             raise UserError(f"{said} is {shown(value)} in the Accelerate config: {instead}.")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    if isinstance(args, ReMaxConfig) and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         _check_deepspeed(args)
 
 
@@ -248,6 +261,18 @@ _CONFLICTS = (
     ),
 )
 """Of every variable: which values change nothing, its name in the config, and what counts instead."""
+_OF_STAGES = {
+    "dynamo_backend": "nothing is compiled in this command; set it to 'NO'",
+    "gradient_accumulation_steps": "--micro_batch_size decides on that; leave it out there",
+}
+"""What counts instead in `remax sft`, `reward` and `dpo`, where that differs."""
+
+
+def _refuse_sharding(what: str) -> None:
+    raise UserError(
+        f"{what}: remax sft, reward and dpo train with all of the weights in each process; set --accelerate_config "
+        "ddp, and --use_peft true if memory is short."
+    )
 
 
 def _check_deepspeed(args: ReMaxConfig) -> None:

@@ -140,7 +140,7 @@ def load_policy(model: Any, args: ModelOptions, peft_config: Any = None) -> Any:
     models.disable_dropout(policy)
     policy.train(args.gradient_checkpointing)
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.recompute_activations(policy)
     return policy
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from remax.errors import GuardStop, UserError
@@ -148,33 +147,21 @@ def _num_started() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def make_accelerator(
-    bf16: bool, report_to: Sequence[str] = (), output_dir: str | None = None, *, processes: Processes = ALONE
-) -> Accelerator:
-    """Returns the device, precision and trackers of a run.
+def make_accelerator(bf16: bool, output_dir: str | None = None, *, processes: Processes = ALONE) -> Accelerator:
+    """Returns the device and precision of a run.
 
     processes: those that work together.
 
     Raises:
-        UserError: a tracker is not installed, or more processes were started than work together.
+        UserError: more processes were started than work together.
     """
-    trackers = [name for name in report_to if name != "none"]
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for name in trackers:
-        if name not in available:
-            raise UserError(
-                f"--report_to is {name}: that is no tracker that is installed here, so nothing would be tracked; "
-                f"set {' or '.join(available)}, or none."
-            )
     # The precision of a former run in this process would be kept otherwise; transformers' Trainer does the same.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "no", log_with=trackers or None, project_dir=output_dir
-    )
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", project_dir=output_dir)
     load_whole(accelerator)
     if _num_started() > processes.num:
         raise UserError(
             f"{_num_started()} processes were started: this command works in one, and the others would "
-            "write over it; start one process (`remax train` takes several)."
+            "write over it; start one process (`remax train`, `sft`, `reward` and `dpo` take several)."
         )
     return accelerator

@@ -7,13 +7,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from remax.config import ReMaxConfig
+from remax.config import DPOConfig, ReMaxConfig, RewardConfig, SFTConfig
 from remax.errors import GuardStop, Interrupted, UserError
 from remax.recording import RunFolder, write_json
 from remax.untrusted import CREDENTIALS, shown
@@ -37,17 +36,24 @@ Row = Mapping[str, Any]
 class Trackers:
     """The trackers of --report_to; none of what goes wrong in them after the start ends a training."""
 
-    def __init__(self, args: ReMaxConfig, folder: RunFolder, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        args: ReMaxConfig | SFTConfig | RewardConfig | DPOConfig,
+        folder: RunFolder,
+        *,
+        say: Callable[[str], None],
+    ) -> None:
         """Takes the settings; starts nothing. Who does not write the folder does not track either. say: shows a line.
 
         Raises:
-            UserError: Weights & Biases would ask for a key that nobody can type.
+            UserError: a tracker is not installed, or Weights & Biases would ask for a key that nobody can type.
         """
+        _check_installed(args.report_to)
         self.args, self.folder, self.say = args, folder.path, say
         self.names = [name for name in args.report_to if name != "none"] if folder.writes else []
         self.running: list[Any] = []
         self._failures: dict[str, int] = {}
-        if "wandb" in self.names and find_spec("wandb") is not None:
+        if "wandb" in self.names:
             _check_wandb()
 
     def start(self, accelerator: Accelerator, settings: Mapping[str, Any], *, step: int, max_steps: int) -> None:
@@ -171,6 +177,17 @@ def _text(value: Any) -> str:
 
 
 # What differs between trackers ----------------------------------------------------------------------------------------
+
+
+def _check_installed(report_to: Sequence[str]) -> None:
+    """Raises UserError for a tracker that is not there."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in report_to:
+        if name not in (*available, "none"):
+            raise UserError(
+                f"--report_to is {name}: that is no tracker that is installed here, so nothing would be tracked; "
+                f"set {' or '.join(available)}, or none."
+            )
 
 
 def _check_wandb() -> None:

@@ -62,7 +62,14 @@ class ReMaxConfig(
 
 @dataclass(frozen=True)
 class SFTConfig(
-    OutputOptions, CheckpointOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions
+    OutputOptions,
+    SharingOptions,
+    CheckpointOptions,
+    DatasetOptions,
+    LengthOptions,
+    StageOptions,
+    OptimiserOptions,
+    ModelOptions,
 ):
     """Settings of `remax sft`."""
 
@@ -74,7 +81,14 @@ class SFTConfig(
 
 @dataclass(frozen=True)
 class RewardConfig(
-    OutputOptions, CheckpointOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions
+    OutputOptions,
+    SharingOptions,
+    CheckpointOptions,
+    DatasetOptions,
+    LengthOptions,
+    StageOptions,
+    OptimiserOptions,
+    ModelOptions,
 ):
     """Settings of `remax reward`."""
 
@@ -86,7 +100,14 @@ class RewardConfig(
 
 @dataclass(frozen=True)
 class DPOConfig(
-    OutputOptions, CheckpointOptions, DatasetOptions, LengthOptions, StageOptions, OptimiserOptions, ModelOptions
+    OutputOptions,
+    SharingOptions,
+    CheckpointOptions,
+    DatasetOptions,
+    LengthOptions,
+    StageOptions,
+    OptimiserOptions,
+    ModelOptions,
 ):
     """Settings of `remax dpo`."""
 

@@ -11,7 +11,8 @@ class LaunchOptions(Options):
 
     accelerate_config: str | None = None
     """Starts the training in several processes: ddp, fsdp2, zero2 or zero3 for a config that comes with remax, or the
-    path of an Accelerate config. Leave it out under `torchrun` and `accelerate launch`, which start them themselves."""
+    path of an Accelerate config; `remax sft`, `reward` and `dpo` take ddp, or a file like it. Leave it out under
+    `torchrun` and `accelerate launch`, which start them themselves."""
     num_processes: int | None = None
     """Processes that --accelerate_config starts; by default what its file says, else one for each GPU, or one."""
 

@@ -1,22 +1,14 @@
-"""What the supervised stages share: settings for TRL's trainers, the run's folder, and one line per step."""
+"""What the supervised stages share: settings for TRL's trainers, and how models, tokenizers and data are prepared."""
 
-import dataclasses
-import json
-import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import datasets
 import torch
-import transformers
 from accelerate import PartialState
 from peft import PeftModel
-from transformers.integrations import get_available_reporting_integrations
 
-from remax.cards import model_card
-from remax.checkpoint.run import Run
 from remax.config import DPOConfig, RewardConfig, SFTConfig
 from remax.data import check_tokenizer, eos_token_ids, load_preferences
 from remax.errors import UserError
@@ -29,20 +21,10 @@ from remax.models import (
     short_reason,
 )
 from remax.optimisers import check_optimiser
-from remax.recording import RunFolder
 from remax.rewards import reward_input_ids
-from remax.saving import save_model
-from remax.stages.saving import Saving, naming_failures, naming_misfits, stage_fingerprints
+from remax.stages.batches import division
 
 StageConfig = SFTConfig | RewardConfig | DPOConfig
-
-SHOWN = {
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "rewards/accuracies": "accuracy",
-    "mean_token_accuracy": "token accuracy",
-}
-"""The metrics of TRL that the terminal shows, and what they are called there."""
 
 
 class ArgumentsClass(Protocol):
@@ -74,22 +56,9 @@ def trainer_arguments(arguments_class: ArgumentsClass, config: StageConfig, **ow
     """Returns the arguments of a TRL trainer, every setting taken from our config and none left to TRL's defaults.
 
     Raises:
-        UserError: the batch cannot be divided, or a tracker, the optimiser or the precision is not available.
+        UserError: the optimiser or the precision is not available.
     """
-    num_processes = PartialState().num_processes
-    if config.batch_size % num_processes:
-        raise UserError(
-            f"--batch_size is {config.batch_size}: it cannot be divided over {num_processes} processes; "
-            f"set a multiple of {num_processes}."
-        )
-    share = config.batch_size // num_processes
-    micro_batch_size = min(config.micro_batch_size or share, share)
-    if share % micro_batch_size:
-        raise UserError(
-            f"--micro_batch_size is {config.micro_batch_size}: the {share} examples of a process and step cannot be "
-            f"divided into equal pieces; set a divisor of {share}."
-        )
-    _check_trackers(config.report_to)
+    size, per_step = division(config.batch_size, config.micro_batch_size, PartialState().num_processes)
     check_optimiser(config)
     try:
         with quiet_training():
@@ -97,9 +66,9 @@ def trainer_arguments(arguments_class: ArgumentsClass, config: StageConfig, **ow
                 output_dir=config.output_dir,
                 seed=config.seed,
                 data_seed=config.seed,
-                per_device_train_batch_size=micro_batch_size,
-                per_device_eval_batch_size=micro_batch_size,
-                gradient_accumulation_steps=share // micro_batch_size,
+                per_device_train_batch_size=size,
+                per_device_eval_batch_size=size,
+                gradient_accumulation_steps=per_step,
                 max_steps=config.max_steps,
                 num_train_epochs=config.num_train_epochs,
                 optim=config.optim,
@@ -117,7 +86,9 @@ def trainer_arguments(arguments_class: ArgumentsClass, config: StageConfig, **ow
                 gradient_checkpointing=config.gradient_checkpointing,
                 gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
                 use_cpu=not torch.accelerator.is_available(),
-                report_to=config.report_to or ["none"],
+                average_tokens_across_devices=True,
+                ddp_find_unused_parameters=False,
+                report_to=["none"],  # StageRun tells the trackers.
                 # Every step; MetricsLog thins out what the terminal shows.
                 logging_steps=1,
                 # The default would write the last finite loss in place of one that is not.
@@ -134,16 +105,6 @@ def trainer_arguments(arguments_class: ArgumentsClass, config: StageConfig, **ow
     # One process drives one device: TRL refuses the DataParallel that transformers would choose for several.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _check_trackers(report_to: list[str]) -> None:
-    available = [*get_available_reporting_integrations(), "none"]
-    for name in report_to:
-        if name not in available or (name == "none" and len(report_to) > 1):
-            raise UserError(
-                f"--report_to is {report_to}: {name} is no tracker that is installed here; set some of "
-                f"{', '.join(available[:-1])}, or none alone."
-            )
 
 
 def name_of(model: Any) -> str:
@@ -202,6 +163,27 @@ def short_pairs(
     return pairs
 
 
+def ids_of_prompt(tokenizer: Any, prompt: Any) -> list[int]:
+    """Returns a prompt, a text or messages, as the policy is asked to continue it: nothing ends it."""
+    if isinstance(prompt, str):
+        return reward_input_ids(tokenizer, prompt, "", False)
+    if not prompt:
+        return []
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def shared_length(*sequences: Sequence[Any]) -> int:
+    """Returns how many items at their start all sequences share."""
+    shared = 0
+    for items in zip(*sequences, strict=False):
+        if any(item != items[0] for item in items):
+            break
+        shared += 1
+    return shared
+
+
 def policy_to_train(model: Any, config: StageConfig) -> Any:
     """Returns the language model that is given by name or loaded, with a new LoRA adapter if one is wanted.
 
@@ -221,144 +203,14 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def all_stop_ids(model: Any, tokenizer: Any, learned: Sequence[int]) -> list[int]:
+    """Returns what ends a completion: what the model knows already, and what it has learned."""
+    return sorted({*eos_token_ids(base_of(model).generation_config, tokenizer), *learned})
+
+
 def position_limit(model: Any, config: StageConfig) -> int:
     """Returns the longest example in tokens: --max_length or, if that is less, what the model has positions for."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_length
     if positions < config.max_length:
         say(f"The model has {positions} positions: examples are limited to that instead of {config.max_length} tokens.")
     return int(min(positions, config.max_length))
-
-
-def open_run(config: StageConfig, settings: Mapping[str, Any], *, kind: str) -> Run:
-    """Returns the run that a stage begins or goes on with; nothing is written yet.
-
-    Raises:
-        UserError: the folder cannot be used, or holds no run to go on with.
-    """
-    return Run(RunFolder(config.output_dir, resumes=config.resume != "none"), config, settings, kind=kind)
-
-
-def finished_metrics(run: Run) -> dict[str, float]:
-    """Returns, and says, what a finished run has measured."""
-    say(f"The run in {run.folder.path} is finished: nothing is left to do.")
-    metrics = {"loss": statistics.fmean(line["loss"] for line in run.folder.read("metrics.jsonl"))}
-    file = run.folder.path / "eval.json"
-    quality = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return metrics | {f"eval/{name}": value for name, value in quality.items()}
-
-
-def train(
-    make_trainer: Callable[[], Any], model: Any, run: Run, config: StageConfig, run_config: Mapping[str, Any]
-) -> tuple[Any, Any, float]:
-    """Makes a TRL trainer of the model, and writes the run's folder while it trains.
-
-    Returns:
-        The trainer, the trained model and the mean training loss.
-
-    Raises:
-        UserError: no example is left to train on, and nothing was written; or the loss is not finite any more.
-        Interrupted: Ctrl-C or SIGTERM came; the step was finished, the state is saved.
-    """
-    folder, checkpoint, begun = run.folder, run.start.checkpoint, False
-    base = base_of(model)
-    own_forward = vars(base).get("forward")
-    trainer = None
-    with quiet_training():
-        try:
-            trainer = make_trainer()
-            if len(trainer.train_dataset) == 0:
-                raise UserError(
-                    f"--max_length is {config.max_length}: no example of --train_dataset is left; set a larger one."
-                )
-            run.check_same(stage_fingerprints(base, trainer.train_dataset))
-            PartialState().wait_for_everyone()
-            if PartialState().is_main_process:
-                run.begin(run_config, signals=PartialState().num_processes == 1)
-            begun = True
-            trainer.remove_callback(transformers.PrinterCallback)
-            trainer.add_callback(MetricsLog(folder, config.logging_steps, config.learning_rate))
-            trainer.add_callback(Saving(run, trainer))
-            trainer._save_checkpoint = naming_failures(trainer._save_checkpoint, folder)
-            for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler"):
-                setattr(trainer, name, naming_misfits(getattr(trainer, name), checkpoint))
-            trainer.create_model_card = lambda *args, **kwargs: None  # With every checkpoint, into the run's folder.
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        except BaseException:
-            if not begun:
-                folder.discard_empty()  # transformers creates the folder early
-            elif checkpoint is None and trainer is not None and trainer.state.global_step == 0:
-                folder.discard()
-            raise
-        finally:
-            run.end()
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    # TRL puts a forward of its own on the model, which must not outlive the trainer.
-    vars(base).pop("forward", None)
-    if own_forward is not None:
-        base.forward = own_forward
-    # Not what TRL returns: it forgets the steps before a checkpoint.
-    losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
-    return trainer, model, statistics.fmean(losses)
-
-
-def run_settings(config: StageConfig, model: Any, run_config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Returns what config.yaml records."""
-    return run_config or {"model": name_of(model), **dataclasses.asdict(config)}
-
-
-def write_evaluation(folder: RunFolder, metrics: Mapping[str, float]) -> None:
-    """Writes eval.json."""
-    if PartialState().is_main_process:
-        with folder.writing("eval.json"):
-            (folder.path / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-
-
-def save_policy(
-    model: Any,
-    tokenizer: Any,
-    stop_ids: Sequence[int],
-    folder: RunFolder,
-    *,
-    base_name: str,
-    title: str,
-    lines: Sequence[str],
-) -> None:
-    """Writes OUT/model with its model card. stop_ids: what ends a completion beside what the model knows already."""
-    if PartialState().is_main_process:
-        ids = sorted({*eos_token_ids(base_of(model).generation_config, tokenizer), *stop_ids})
-        card = model_card(base_model=base_name, title=title, lines=lines)
-        with folder.writing("model"):
-            save_model(model, tokenizer, folder.model, eos_token_ids=ids, card=card)
-    say(f"The model is in {folder.model}.")
-
-
-class MetricsLog(transformers.TrainerCallback):  # type: ignore[misc]
-    """Writes every step to metrics.jsonl and the mean of the last few to the terminal; stops a run that diverges."""
-
-    def __init__(self, folder: RunFolder, logging_steps: int, learning_rate: float) -> None:
-        self.folder = folder
-        self.logging_steps = logging_steps
-        self.learning_rate = learning_rate
-        self.window: list[dict[str, float]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Takes one step's metrics; summaries without a loss are not for here."""
-        if not logs or "loss" not in logs:
-            return
-        step = state.global_step
-        if state.is_world_process_zero:
-            self.folder.append("metrics.jsonl", [{"step": step, **logs}])
-        if not math.isfinite(logs["loss"]):
-            raise UserError(
-                f"--learning_rate is {self.learning_rate}: the loss is {logs['loss']} at step {step}, nothing is "
-                "learned from here on; set a smaller one."
-            )
-        self.window.append(logs)
-        if step % self.logging_steps == 0 or step == state.max_steps:
-            say(f"step {step}/{state.max_steps}" + "".join(self._means()))
-            self.window.clear()
-
-    def _means(self) -> Iterator[str]:
-        for key, name in SHOWN.items():
-            if key in self.window[0]:
-                yield f"  {name} {sum(logs[key] for logs in self.window) / len(self.window):.4f}"

@@ -1,5 +1,6 @@
 """Direct preference optimisation: the offline alternative to reinforcement learning, over TRL's DPOTrainer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,24 +18,22 @@ from remax.config import DPOConfig
 from remax.interfaces import Completion, Prompt, Sampling
 from remax.logprobs import CompletionScorer
 from remax.models import adapter_is_new, copy_as_reference, disable_dropout
+from remax.stages.batches import STUB, MicroBatches, PairsMixin
 from remax.stages.common import (
+    all_stop_ids,
     base_of,
-    finished_metrics,
+    ids_of_prompt,
     load_pairs,
-    name_of,
-    open_run,
     policy_to_train,
     position_limit,
-    run_settings,
-    save_policy,
     say,
+    shared_length,
     short_pairs,
     tokenizer_for,
-    train,
     trainer_arguments,
-    write_evaluation,
 )
 from remax.stages.reward import wilson_interval
+from remax.stages.run import StageRun
 from remax.stages.sft import chat_stop_id
 
 PLAIN = Sampling(max_completion_length=1, eos_token_ids=())
@@ -81,11 +80,64 @@ def run_dpo(
         UserError: a setting, dataset or model cannot be used, and nothing was written; or the loss is not finite any
             more.
     """
-    base_name, settings = name_of(model), run_settings(config, model, run_config)
-    run = open_run(config, settings, kind="dpo")
-    if run.finished:
-        return finished_metrics(run)
-    folder = run.folder
+    stage = StageRun(config, model, run_config, kind="dpo")
+    if stage.finished:
+        return stage.finished_metrics()
+    model, reference, tokenizer, arguments, train_pairs, eval_pairs, stop_ids = stage.processes.together(
+        lambda: _prepare(config, model, train_dataset, eval_dataset, processing_class)
+    )
+    batches = MicroBatches(len(train_pairs), config.batch_size, config.micro_batch_size, config.seed, stage.processes)
+    # Before TRL puts forwards of its own on both models.
+    scorers = CompletionScorer(model), CompletionScorer(reference or model, adapters=reference is not None)
+
+    def make_trainer() -> Any:
+        rows = datasets.Dataset.from_list([pair._asdict() for pair in train_pairs])
+        trainer = _Trainer(model, reference, arguments, train_dataset=rows, processing_class=tokenizer)
+        trainer.batches = batches
+        if reference is None:
+            # TRL's copy of the adapter; without it, TRL takes the model with the adapter off.
+            model.delete_adapter("ref")
+        return trainer
+
+    with stage.tracked():
+        _, model, loss = stage.train(make_trainer, model)
+        metrics = {"loss": loss}
+        lines = [
+            f"<code>{public_name(stage.base_name)}</code> after direct preference optimisation on {len(train_pairs)} "
+            f"pairs, beta {config.beta}."
+        ]
+        if eval_pairs is None:
+            say("No --eval_dataset was given: nothing held-out was measured.")
+        else:
+            processes = stage.processes
+            parts = processes.each(
+                lambda: implicit_margins(
+                    *scorers, processes.part(eval_pairs), config.beta, tokenizer, arguments.eval_batch_size
+                )
+            )
+            quality = rank_preferences(torch.cat(parts))
+            metrics |= {f"eval/{name}": value for name, value in quality.items()}
+            stage.record_quality(quality)
+            lines.append(_summary(quality))
+            say(lines[-1])
+        ids = all_stop_ids(model, tokenizer, stop_ids)
+        stage.save(model, tokenizer, title="Model after DPO", lines=lines, eos_token_ids=ids)
+    say(f"The model is in {stage.folder.model}.")
+    stage.push()
+    return metrics
+
+
+class _Prepared(NamedTuple):
+    model: Any
+    reference: Any
+    tokenizer: Any
+    arguments: Any
+    train_pairs: "list[Preference]"
+    eval_pairs: "list[Preference] | None"
+    stop_ids: list[int]
+
+
+def _prepare(config: DPOConfig, model: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any) -> _Prepared:
     own = {"beta": config.beta, "loss_type": ["sigmoid"], "max_length": None, "disable_dropout": False}
     arguments = trainer_arguments(trl.DPOConfig, config, **own)
     train_dataset = load_pairs(train_dataset, flag="--train_dataset")
@@ -99,36 +151,7 @@ def run_dpo(
     limit = position_limit(model, config)
     train_pairs = preferences(train_dataset, tokenizer, limit, flag="--train_dataset")
     eval_pairs = eval_dataset and preferences(eval_dataset, tokenizer, limit, flag="--eval_dataset")
-    reference = _reference_of(model)
-    # Before TRL puts forwards of its own on both models.
-    scorers = CompletionScorer(model), CompletionScorer(reference or model, adapters=reference is not None)
-
-    def make_trainer() -> Any:
-        rows = datasets.Dataset.from_list([pair._asdict() for pair in train_pairs])
-        trainer = _Trainer(model, reference, arguments, train_dataset=rows, processing_class=tokenizer)
-        if reference is None:
-            # TRL's copy of the adapter; without it, TRL takes the model with the adapter off.
-            model.delete_adapter("ref")
-        return trainer
-
-    _, model, loss = train(make_trainer, model, run, config, settings)
-    metrics = {"loss": loss}
-    name = public_name(base_name)
-    lines = [
-        f"<code>{name}</code> after direct preference optimisation on {len(train_pairs)} pairs, beta {config.beta}."
-    ]
-    if eval_pairs is None:
-        say("No --eval_dataset was given: nothing held-out was measured.")
-    else:
-        quality = rank_preferences(
-            implicit_margins(*scorers, eval_pairs, config.beta, tokenizer, arguments.eval_batch_size)
-        )
-        metrics |= {f"eval/{name}": value for name, value in quality.items()}
-        write_evaluation(folder, quality)
-        lines.append(_summary(quality))
-        say(lines[-1])
-    save_policy(model, tokenizer, stop_ids, folder, base_name=base_name, title="Model after DPO", lines=lines)
-    return metrics
+    return _Prepared(model, _reference_of(model), tokenizer, arguments, train_pairs, eval_pairs, stop_ids)
 
 
 def _reference_of(model: Any) -> Any:
@@ -138,15 +161,23 @@ def _reference_of(model: Any) -> Any:
     return copy_as_reference(base_of(model))
 
 
-class _Trainer(trl.DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer on rows that are tokenised already.
+class _Trainer(PairsMixin, trl.DPOTrainer):  # type: ignore[misc]
+    """TRL's trainer, whose step is the mean over its pairs however they are divided."""
 
-    TRL's own preparation puts a second EOS behind texts whose tokenizer adds one, and looks for a shared prompt in
-    every text, letter by letter.
-    """
+    def collate_counting(self, rows: list[Any], counts: list[bool]) -> Any:
+        def stub(row: Any) -> dict[str, list[int]]:
+            """No completion against none: the loss is log 2, whatever the policy, and the gradient zero."""
+            return {"prompt_ids": [*row["prompt_ids"], *row["chosen_ids"]][:STUB], "chosen_ids": [], "rejected_ids": []}
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset
+        pairs = zip(rows, counts, strict=True)
+        return super().collate_counting([row if own else stub(row) for row, own in pairs], counts)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        counts = inputs.pop("counts")
+        mean = super().compute_loss(model, inputs)
+        return self.share_of(mean * len(counts) - math.log(2) * (~counts).sum(), counts, num_items_in_batch)
 
 
 def preferences(dataset: Any, tokenizer: Any, max_length: int, *, flag: str) -> list[Preference]:
@@ -161,34 +192,18 @@ def preferences(dataset: Any, tokenizer: Any, max_length: int, *, flag: str) -> 
     pairs = []
     for row, chosen, rejected in short_pairs(dataset, tokenizer, max_length, flag=flag):
         # The end of the prompt may be written otherwise when it is continued (EOS, merged tokens, a prefilled answer).
-        start = _shared_length(_prompt_ids(tokenizer, row), chosen, rejected)
+        start = shared_length(ids_of_prompt(tokenizer, _prompt_of(row)), chosen, rejected)
         pairs.append(Preference(chosen[:start], chosen[start:], rejected[start:]))
     return pairs
 
 
-def _prompt_ids(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
-    """Returns the prompt as the policy is asked to continue it."""
+def _prompt_of(row: Mapping[str, Any]) -> Any:
+    """Returns the prompt of a pair: a text, or messages."""
     chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, str):
-        text, special = row.get("prompt", ""), True
-    else:
-        # A last message is always a completion, even where the other side goes on behind it.
-        messages = row["prompt"] if "prompt" in row else chosen[: _shared_length(chosen[:-1], rejected[:-1])]
-        if not messages:
-            return []
-        text, special = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), False
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return ids
-
-
-def _shared_length(*sequences: Sequence[Any]) -> int:
-    """Returns how many items at their start all sequences share."""
-    shared = 0
-    for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
-            break
-        shared += 1
-    return shared
+    if isinstance(chosen, str) or "prompt" in row:
+        return row.get("prompt", "")
+    # A last message is always a completion, even where the other side goes on behind it.
+    return chosen[: shared_length(chosen[:-1], rejected[:-1])]
 
 
 @torch.no_grad()
@@ -203,7 +218,7 @@ def implicit_margins(
     """Returns r(x, y_chosen) - r(x, y_rejected) of every pair, [pairs], where r = beta * log(pi / pi_ref)."""
     policy.eval()
     device = next(policy.parameters()).device
-    margins = []
+    margins = [torch.empty(0, dtype=torch.float64)]
     for start in range(0, len(pairs), batch_size):
         some = pairs[start : start + batch_size]
         sides = [(pair.prompt_ids, pair.chosen_ids) for pair in some]

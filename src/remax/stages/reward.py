@@ -8,29 +8,18 @@ import datasets
 import torch
 import transformers
 import trl
-from accelerate import PartialState
 from peft import PeftModel
+from torch.nn import functional
 
-from remax.cards import model_card, public_name
+from remax.cards import public_name
 from remax.config import RewardConfig
 from remax.errors import UserError
 from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model
+from remax.processes import ALONE, Processes
 from remax.rewards import RewardModel, require_chat_template
-from remax.saving import save_model
-from remax.stages.common import (
-    finished_metrics,
-    load_pairs,
-    name_of,
-    open_run,
-    position_limit,
-    run_settings,
-    say,
-    short_pairs,
-    tokenizer_for,
-    train,
-    trainer_arguments,
-    write_evaluation,
-)
+from remax.stages.batches import MicroBatches, PairsMixin
+from remax.stages.common import load_pairs, position_limit, say, short_pairs, tokenizer_for, trainer_arguments
+from remax.stages.run import StageRun
 
 Z_95 = 1.959963984540054
 
@@ -71,11 +60,49 @@ def run_reward(
     Raises:
         UserError: a setting, dataset or model cannot be used; nothing was written.
     """
-    base_name, settings = name_of(model), run_settings(config, model, run_config)
-    run = open_run(config, settings, kind="reward")
-    if run.finished:
-        return finished_metrics(run)
-    folder = run.folder
+    stage = StageRun(config, model, run_config, kind="reward")
+    if stage.finished:
+        return stage.finished_metrics()
+    model, tokenizer, arguments, train_pairs, eval_pairs = stage.processes.together(
+        lambda: _prepare(config, model, train_dataset, eval_dataset, processing_class)
+    )
+    batches = MicroBatches(
+        len(train_pairs.chosen_ids), config.batch_size, config.micro_batch_size, config.seed, stage.processes
+    )
+
+    def make_trainer() -> Any:
+        rows = datasets.Dataset.from_dict(train_pairs._asdict())
+        trainer = _Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+        trainer.batches = batches
+        return trainer
+
+    with stage.tracked():
+        _, model, loss = stage.train(make_trainer, model)
+        metrics = {"loss": loss}
+        lines = [
+            f"<code>{public_name(stage.base_name)}</code> with one output, trained on {len(train_pairs.chosen_ids)} "
+            "pairs of texts.",
+            "A finished text is scored with its EOS token.",
+        ]
+        if eval_pairs is None:
+            say("No --eval_dataset was given: nothing held-out was measured, so nobody knows how well the model ranks.")
+        else:
+            scorer = RewardModel(model, tokenizer, batch_size=arguments.eval_batch_size)
+            quality = rank_pairs(scorer, eval_pairs, stage.processes)
+            metrics |= {f"eval/{name}": value for name, value in quality.items()}
+            stage.record_quality(quality)
+            lines.append(_summary(quality))
+            say(lines[-1])
+        stage.save(model, tokenizer, title="Reward model", lines=lines, task="text-classification")
+    say(f"The reward model is in {stage.folder.model}.")
+    stage.push()
+    return metrics
+
+
+def _prepare(
+    config: RewardConfig, model: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any
+) -> tuple[Any, Any, Any, Pairs, Pairs | None]:
+    """Returns model, tokenizer, TRL's arguments and the pairs of both datasets."""
     # Dropout is turned off in the model before an adapter is added: TRL would turn off --lora_dropout, too.
     own = {"max_length": None, "disable_dropout": False, "dataset_num_proc": None, "center_rewards_coefficient": None}
     arguments = trainer_arguments(trl.RewardConfig, config, **own)
@@ -90,32 +117,26 @@ def run_reward(
     limit = position_limit(model, config)
     train_pairs = tokenise_pairs(train_dataset, tokenizer, limit, flag="--train_dataset")
     eval_pairs = eval_dataset and tokenise_pairs(eval_dataset, tokenizer, limit, flag="--eval_dataset")
+    return model, tokenizer, arguments, train_pairs, eval_pairs
 
-    def make_trainer() -> Any:
-        rows = datasets.Dataset.from_dict(train_pairs._asdict())
-        return trl.RewardTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
 
-    _, model, loss = train(make_trainer, model, run, config, settings)
-    metrics = {"loss": loss}
-    if eval_pairs is None:
-        say("No --eval_dataset was given: nothing held-out was measured, so nobody knows how well the model ranks.")
-    else:
-        quality = rank_pairs(RewardModel(model, tokenizer, batch_size=arguments.eval_batch_size), eval_pairs)
-        metrics |= {f"eval/{name}": value for name, value in quality.items()}
-        write_evaluation(folder, quality)
-        say(_summary(quality))
-    if PartialState().is_main_process:
-        name = public_name(base_name)
-        lines = [
-            f"<code>{name}</code> with one output, trained on {len(train_pairs.chosen_ids)} pairs of texts.",
-            "A finished text is scored with its EOS token.",
-            *([_summary(quality)] if eval_pairs is not None else []),
-        ]
-        card = model_card(base_model=base_name, title="Reward model", lines=lines, task="text-classification")
-        with folder.writing("model"):
-            save_model(model, tokenizer, folder.model, card=card)
-    say(f"The reward model is in {folder.model}.")
-    return metrics
+class _Trainer(PairsMixin, trl.RewardTrainer):  # type: ignore[misc]
+    """TRL's trainer, whose step is the mean over its pairs however they are divided."""
+
+    def collate_counting(self, rows: list[Any], counts: list[bool]) -> Any:
+        pairs = zip(rows, counts, strict=True)
+        rows = [row if own else {**row, "rejected_ids": row["chosen_ids"]} for row, own in pairs]
+        return super().collate_counting(rows, counts)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        counts = inputs.pop("counts")
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        chosen, rejected = outputs.logits.float().squeeze(-1).chunk(2)
+        # Not TRL's loss: with the dropout of an adapter, a text does not get the same reward twice.
+        total = (functional.softplus(rejected - chosen) * counts).sum()
+        return self.share_of(total, counts, num_items_in_batch)
 
 
 def _prepared(model: Any, config: RewardConfig, tokenizer: Any) -> Any:
@@ -146,16 +167,18 @@ def tokenise_pairs(dataset: Any, tokenizer: Any, max_length: int, *, flag: str) 
     return Pairs([chosen for _, chosen, _ in pairs], [rejected for _, _, rejected in pairs])
 
 
-def rank_pairs(reward_model: RewardModel, pairs: Pairs) -> dict[str, float]:
-    """Returns how well a reward model ranks pairs.
+def rank_pairs(reward_model: RewardModel, pairs: Pairs, processes: Processes = ALONE) -> dict[str, float]:
+    """Returns how well a reward model ranks pairs, of which each process scores some.
 
     num_pairs; accuracy: share of pairs with r(chosen) > r(rejected), with its 95% Wilson interval accuracy_low and
     accuracy_high; margin: mean of r(chosen) - r(rejected); length_correlation: Pearson's, between reward and length in
     tokens, over all texts; longer_wins: the accuracy of preferring the longer text, ties counted half.
     """
     number = len(pairs.chosen_ids)
-    rewards = torch.tensor(reward_model.score_ids([*pairs.chosen_ids, *pairs.rejected_ids]), dtype=torch.float64)
-    lengths = torch.tensor([len(ids) for ids in [*pairs.chosen_ids, *pairs.rejected_ids]], dtype=torch.float64)
+    texts = [*pairs.chosen_ids, *pairs.rejected_ids]
+    parts = processes.each(lambda: reward_model.score_ids(processes.part(texts)))
+    rewards = torch.tensor([reward for part in parts for reward in part], dtype=torch.float64)
+    lengths = torch.tensor([len(ids) for ids in texts], dtype=torch.float64)
     margins, longer_by = rewards[:number] - rewards[number:], lengths[:number] - lengths[number:]
     accuracy = (margins > 0).double().mean().item()
     low, high = wilson_interval(accuracy, number)

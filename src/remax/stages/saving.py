@@ -1,12 +1,12 @@
 """Checkpoints of the supervised stages: transformers' own, sealed and rotated like those of `remax train`."""
 
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 
 from remax.checkpoint.files import FACTS, FOLDER, path_of, publish, rotate, write_json
 from remax.checkpoint.run import Run
@@ -28,21 +28,25 @@ class Saving(transformers.TrainerCallback):  # type: ignore[misc]
         """trainer: TRL's, which from now on writes into OUT/checkpoints: elsewhere in OUT are the user's own files."""
         self.run, self.trainer = run, trainer
         self.written = run.folder.path / FOLDER
+        self.received: signal.Signals | None = None
         trainer._get_output_dir = lambda trial=None: str(self.written)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Puts the folder back, now that the state of the checkpoint is restored."""
         if self.run.start.checkpoint is not None:
-            if state.is_world_process_zero:
-                self.run.go_back()
-            PartialState().wait_for_everyone()
+            self.run.go_back()
             # TRL's own count would begin at 0 again.
             lines = self.run.folder.read("metrics.jsonl")
             self.trainer._total_train_tokens = int(lines[-1].get("num_tokens", 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Decides whether the state is saved after this step."""
-        control.should_save = self.run.due(state.global_step, ended=state.global_step >= state.max_steps)
+        """Decides whether the state is saved after this step, in all processes alike."""
+        received = self.run.signals.received
+        ended = state.global_step >= state.max_steps or received is not None
+        told = self.run.processes.gather((self.run.due(state.global_step, ended=ended), received))
+        control.should_save = any(due for due, _ in told)
+        # What a process hears of from here on, the others do not know yet: that is for the next step.
+        self.received = next((number for _, number in told if number is not None), None)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Seals what was written.
@@ -50,18 +54,20 @@ class Saving(transformers.TrainerCallback):  # type: ignore[misc]
         Raises:
             Interrupted: Ctrl-C or SIGTERM came during the step.
         """
-        PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
-            folder = self.run.folder
-            written = self.written / f"checkpoint-{state.global_step}"
-            with folder.writing(f"the checkpoint of step {state.global_step}"):
-                (written / PICKLE).unlink(missing_ok=True)
-                facts = {"step": state.global_step, "ended": state.global_step >= state.max_steps}
-                write_json(written / FACTS, {**self.run.facts(), **facts})
-                publish(written, path_of(folder.path, state.global_step))
-                rotate(folder.path, self.run.options.save_total_limit, None)
-        PartialState().wait_for_everyone()
-        self.run.raise_if_stopped(state.global_step)
+        step = state.global_step
+        self.run.processes.on_main(lambda: self._seal(step, ended=step >= state.max_steps))
+        if self.received is not None:
+            self.run.signals.received = self.received
+            self.run.raise_if_stopped(step)
+
+    def _seal(self, step: int, *, ended: bool) -> None:
+        folder = self.run.folder
+        written = self.written / f"checkpoint-{step}"
+        with folder.writing(f"the checkpoint of step {step}"):
+            (written / PICKLE).unlink(missing_ok=True)
+            write_json(written / FACTS, {**self.run.facts(), "step": step, "ended": ended})
+            publish(written, path_of(folder.path, step))
+            rotate(folder.path, self.run.options.save_total_limit, None)
 
 
 def naming_failures(save: Callable[..., None], folder: RunFolder) -> Callable[..., None]:

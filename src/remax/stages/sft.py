@@ -13,20 +13,21 @@ from remax.config import SFTConfig
 from remax.data import check_columns
 from remax.data.records import check_format
 from remax.errors import UserError
+from remax.processes import ALONE, Processes
+from remax.rewards import reward_input_ids
+from remax.stages.batches import STUB, MicroBatches, TogetherMixin
 from remax.stages.common import (
-    finished_metrics,
-    name_of,
-    open_run,
+    all_stop_ids,
+    ids_of_prompt,
     policy_to_train,
     position_limit,
-    run_settings,
-    save_policy,
+    quiet_training,
     say,
+    shared_length,
     tokenizer_for,
-    train,
     trainer_arguments,
-    write_evaluation,
 )
+from remax.stages.run import StageRun
 
 ANSWER = "[remax:an-answer]"
 
@@ -58,11 +59,46 @@ def run_sft(
     Raises:
         UserError: a setting, dataset or model cannot be used; nothing was written.
     """
-    base_name, settings = name_of(model), run_settings(config, model, run_config)
-    run = open_run(config, settings, kind="sft")
-    if run.finished:
-        return finished_metrics(run)
-    folder = run.folder
+    stage = StageRun(config, model, run_config, kind="sft")
+    if stage.finished:
+        return stage.finished_metrics()
+    model, tokenizer, arguments, train_rows, eval_rows, stop_ids = stage.processes.together(
+        lambda: _prepare(config, model, train_dataset, eval_dataset, processing_class)
+    )
+    batches = MicroBatches(len(train_rows), config.batch_size, config.micro_batch_size, config.seed, stage.processes)
+
+    def make_trainer() -> Any:
+        trainer = _Trainer(model, arguments, train_dataset=train_rows, processing_class=tokenizer)
+        trainer.batches = batches
+        return trainer
+
+    with stage.tracked():
+        trainer, model, loss = stage.train(make_trainer, model)
+        metrics = {"loss": loss}
+        lines = [
+            f"<code>{public_name(stage.base_name)}</code> after supervised fine-tuning on {len(train_rows)} examples."
+        ]
+        if eval_rows is None:
+            say("No --eval_dataset was given: nothing held-out was measured.")
+        else:
+            collate, batch_size = trainer.data_collator, arguments.eval_batch_size
+            eval_loss = token_loss(model, eval_rows, collate, batch_size, stage.processes)
+            quality = {"loss": eval_loss, "perplexity": math.exp(min(eval_loss, 700.0))}
+            metrics |= {f"eval/{name}": value for name, value in quality.items()}
+            stage.record_quality(quality)
+            lines.append(f"Held-out: loss {eval_loss:.4f} nats per token, perplexity {quality['perplexity']:.2f}.")
+            say(lines[-1])
+        ids = all_stop_ids(model, tokenizer, stop_ids)
+        stage.save(model, tokenizer, title="Fine-tuned model", lines=lines, eos_token_ids=ids)
+    say(f"The model is in {stage.folder.model}.")
+    stage.push()
+    return metrics
+
+
+def _prepare(
+    config: SFTConfig, model: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any
+) -> tuple[Any, Any, Any, Any, Any, list[int]]:
+    """Returns model, tokenizer, TRL's arguments, both datasets as token ids, and the stop token that is learned."""
     arguments = trainer_arguments(trl.SFTConfig, config, packing=False, dataset_num_proc=None, loss_type="nll")
     train_dataset = as_examples(train_dataset, flag="--train_dataset")
     eval_dataset = None if eval_dataset is None else as_examples(eval_dataset, flag="--eval_dataset")
@@ -71,30 +107,35 @@ def run_sft(
 
     transformers.set_seed(config.seed)
     model = policy_to_train(model, config)
-    arguments.max_length = position_limit(model, config)
-
-    def make_trainer() -> Any:
-        trainer = _Trainer(
-            model, arguments, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer
+    limit = position_limit(model, config)
+    train_rows = tokenise(train_dataset, tokenizer, limit)
+    _say_what_is_cut(train_rows, len(train_dataset), limit)
+    if len(train_rows) == 0:
+        raise UserError(
+            f"--max_length is {config.max_length}: no example of --train_dataset is left; set a larger one."
         )
-        _say_what_is_cut(trainer.train_dataset, len(train_dataset), arguments.max_length)
-        return trainer
+    eval_rows = None if eval_dataset is None else tokenise(eval_dataset, tokenizer, limit)
+    return model, tokenizer, arguments, train_rows, eval_rows, stop_ids
 
-    trainer, model, loss = train(make_trainer, model, run, config, settings)
-    metrics = {"loss": loss}
-    if trainer.eval_dataset is None:
-        say("No --eval_dataset was given: nothing held-out was measured.")
-    else:
-        eval_loss = token_loss(model, trainer.eval_dataset, trainer.data_collator, arguments.eval_batch_size)
-        quality = {"loss": eval_loss, "perplexity": math.exp(min(eval_loss, 700.0))}
-        metrics |= {f"eval/{name}": value for name, value in quality.items()}
-        write_evaluation(folder, quality)
-        say(f"Held-out: loss {eval_loss:.4f} nats per token, perplexity {quality['perplexity']:.2f}.")
-    lines = [
-        f"<code>{public_name(base_name)}</code> after supervised fine-tuning on {len(trainer.train_dataset)} examples."
-    ]
-    save_policy(model, tokenizer, stop_ids, folder, base_name=base_name, title="Fine-tuned model", lines=lines)
-    return metrics
+
+def tokenise(dataset: Any, tokenizer: Any, max_length: int) -> Any:
+    """Returns rows of input_ids and labels (-100 where nothing is trained), cut to max_length; prompts alone dropped.
+
+    The ids are those that the reward model reads of a finished text: exactly one EOS, or what the chat template has.
+    """
+
+    def ids_of(row: Mapping[str, Any]) -> dict[str, list[int]]:
+        prompt, completion = row.get("prompt"), row[dataset.column_names[-1]]
+        ids = reward_input_ids(tokenizer, prompt or "", completion, True)
+        # The end of the prompt may be written otherwise when it is continued (merged tokens, a prefilled answer).
+        start = 0 if prompt is None else shared_length(ids_of_prompt(tokenizer, prompt), ids)
+        labels = [-100] * start + ids[start:]
+        return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+    with quiet_training():
+        # Not from the cache, which does not know when functions outside of this one have changed.
+        rows = dataset.map(ids_of, remove_columns=dataset.column_names, load_from_cache_file=False)
+        return rows.filter(lambda row: any(label != -100 for label in row["labels"]), load_from_cache_file=False)
 
 
 def _say_what_is_cut(prepared: Any, number: int, max_length: int) -> None:
@@ -104,12 +145,19 @@ def _say_what_is_cut(prepared: Any, number: int, max_length: int) -> None:
         say(f"{cut} of {number} examples reach {max_length} tokens, where they are cut: such do not teach how to end.")
 
 
-class _Trainer(trl.SFTTrainer):  # type: ignore[misc]
+class _Trainer(TogetherMixin, trl.SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with the plain loss of transformers where there is no accelerator.
 
     TRL's fused head saves memory that a CPU has, by recomputing what a CPU is slow at: a step of a small model takes
-    1.7 times as long with it. The loss is the same.
+    1.7 times as long with it. The loss is the same: the mean over the tokens of the step, however they are divided.
     """
+
+    def collate_counting(self, rows: list[Any], counts: list[bool]) -> Any:
+        def stub(row: Any) -> dict[str, list[int]]:
+            ids = row["input_ids"][:STUB]
+            return {"input_ids": ids, "labels": [-100] * len(ids)}
+
+        return self.data_collator([row if own else stub(row) for row, own in zip(rows, counts, strict=True)])
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -186,16 +234,28 @@ def chat_stop_id(tokenizer: Any) -> int:
 
 
 @torch.no_grad()
-def token_loss(model: Any, rows: Sequence[Mapping[str, Any]], collate: Any, batch_size: int) -> float:
-    """Returns the mean loss over all trained tokens of the rows, in nats: no mean of means over batches."""
+def token_loss(
+    model: Any, rows: Sequence[Mapping[str, Any]], collate: Any, batch_size: int, processes: Processes = ALONE
+) -> float:
+    """Returns the mean loss over all trained tokens of the rows, in nats: no mean of means over batches.
+
+    Each process passes some of the rows through the model.
+    """
     model.eval()
     device = next(model.parameters()).device
-    total, num_tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        examples = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
-        number = int((batch["labels"][:, 1:] != -100).sum())
-        if number:
-            total += float(model(**batch).loss) * number
-            num_tokens += number
-    return total / max(num_tokens, 1)
+
+    def own_sums() -> tuple[float, int]:
+        total, num_tokens = 0.0, 0
+        own = processes.part(range(len(rows)))
+        for start in range(0, len(own), batch_size):
+            batch = {
+                name: t.to(device) for name, t in collate([rows[i] for i in own[start : start + batch_size]]).items()
+            }
+            number = int((batch["labels"][:, 1:] != -100).sum())
+            if number:
+                total += float(model(**batch, use_cache=False).loss) * number
+                num_tokens += number
+        return total, num_tokens
+
+    sums = processes.each(own_sums)
+    return sum(total for total, _ in sums) / max(sum(number for _, number in sums), 1)
