@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
+import remax
 from remax.cli import main
 from remax.commands import COMMANDS
 from remax.config import ReMaxConfig
@@ -179,6 +181,32 @@ def test_module_and_script_start() -> None:
     for command in ([sys.executable, "-m", "remax"], [str(Path(sys.executable).parent / "remax")]):
         result = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
         assert "train" in result.stdout
+
+
+def test_processes_are_started_with_the_arguments_that_were_given(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("remax.launch.launch", lambda options, arguments: started.append(list(arguments)) or 0)
+    flags = ["train", *train_flags(world, tmp_path / "out", accelerate_config="ddp", num_processes=2)]
+    own = list(sys.argv)
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert started == [flags]
+    assert sys.argv == own
+
+
+def test_a_warning_is_one_line_without_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+
+    def dispatch(arguments: list[str]) -> None:
+        for place in (remax.__file__, "/elsewhere.py"):
+            lines.append(warnings.formatwarning("no luck\x1b[31m", UserWarning, place, 3))
+
+    monkeypatch.setattr("remax.cli._dispatch", dispatch)
+    assert main([]) == 0
+    assert lines[0] == "remax: warning: no luck\N{REPLACEMENT CHARACTER}[31m\n"
+    assert lines[1].startswith("/elsewhere.py:3: UserWarning: no luck")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

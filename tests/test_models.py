@@ -64,6 +64,15 @@ def test_model_that_cannot_be_there_is_refused_without_loading(name: str, said: 
     assert said.format(tmp=tmp_path) in str(error.value)
 
 
+def test_a_misspelt_folder_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sft" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--model is sft/modle: there is no such folder; did you mean sft/model"):
+        check_model_exists("sft/modle", flag="--model")
+    with pytest.raises(UserError, match="--model is sft/x: there is no such folder; set the path"):
+        check_model_exists("sft/x", flag="--model")
+
+
 def test_folders_and_hub_names_may_exist(folder: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").touch()
     for name in (folder, str(tmp_path), "gpt2", "Qwen/Qwen3-0.6B"):

@@ -7,18 +7,19 @@ ends with the code of the one that failed first, 128 and the signal's number if 
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from remax.commands import COMMANDS
 from remax.errors import GuardStop, Interrupted, UserError
-from remax.launched import failure_of_another, only_main_prints, tell_once
+from remax.launched import failure_of_another, only_main_prints, plain_warnings, tell_once
 from remax.untrusted import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code."""
+    """Runs a command and returns the exit code; the arguments are by default those of this process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with only_main_prints():
+    with _called_with(arguments), only_main_prints(), plain_warnings():
         try:
             _dispatch(arguments)
         except UserError as error:
@@ -40,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell_once(lost, error)
             return 1
     return 0
+
+
+@contextmanager
+def _called_with(arguments: list[str]) -> Iterator[None]:
+    """Lets this process look as if it had been started with these arguments: others are started like it."""
+    former = sys.argv
+    sys.argv = ["remax" if former[1:] != arguments else former[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = former
 
 
 def _dispatch(arguments: list[str]) -> None:

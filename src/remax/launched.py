@@ -7,8 +7,10 @@ one of them has failed.
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
 
 from remax.errors import Interrupted
 from remax.untrusted import printable
@@ -27,6 +29,25 @@ def only_main_prints() -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         yield
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows what remax warns of as one line, without the place in its code."""
+    former, ours = warnings.formatwarning, str(Path(__file__).parent)
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if filename.startswith(ours):
+            return f"remax: warning: {printable(str(message))}\n"
+        return former(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = former
 
 
 def tell_once(message: str, error: BaseException) -> None:

@@ -4,6 +4,7 @@ A user's mistake shows before any weights are read wherever the files tell it.
 """
 
 import copy
+import difflib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,8 +84,22 @@ def check_model_exists(name_or_path: str, *, flag: str) -> None:
         raise UserError(f"{flag} is {shown(name_or_path)}: that is a file; set the folder that holds the model.")
     elif not name_or_path.strip():
         raise UserError(f"{flag} is empty: there is no model to load; set a folder or a hub name (owner/name).")
-    elif name_or_path.startswith((".", "/", "~")) or name_or_path.endswith("/") or name_or_path.count("/") > 1:
-        raise UserError(f"{flag} is {shown(name_or_path)}: there is no such folder; set the path of a model.")
+    elif (
+        name_or_path.startswith((".", "/", "~"))
+        or name_or_path.endswith("/")
+        or name_or_path.count("/") > 1
+        or ("/" in name_or_path and path.parent.is_dir())
+    ):
+        similar = difflib.get_close_matches(path.name, _folders_in(path.parent), n=1)
+        advice = f"did you mean {shown(path.parent / similar[0])}" if similar else "set the path of a model"
+        raise UserError(f"{flag} is {shown(name_or_path)}: there is no such folder; {advice}.")
+
+
+def _folders_in(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    except OSError:
+        return []
 
 
 def load_tokenizer(name_or_path: str, *, flag: str) -> Any:
@@ -310,6 +325,15 @@ def adapter_is_new(policy: Any) -> bool:
     """Whether the model with its LoRA adapter is the model without: all B matrices are still zero."""
     matrices = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]
     return bool(matrices) and not any(parameter.any() for parameter in matrices)
+
+
+def recompute_activations(model: Any) -> None:
+    """Has the model keep few activations for the backward pass, which computes the others again."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # transformers before it renamed this, which then warned of the old name
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def copy_as_reference(policy: nn.Module) -> Any:

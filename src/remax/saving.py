@@ -13,7 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from remax.checkpoint.files import sync, sync_tree
+from remax.checkpoint.files import give_usual_rights, sync, sync_tree
 from remax.models import quiet
 from remax.sharding import whole
 
@@ -62,6 +62,7 @@ def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
     partial.mkdir(parents=True)
     try:
         fill(partial)
+        give_usual_rights(partial)
         sync_tree(partial)
         if folder.exists():
             shutil.rmtree(former, ignore_errors=True)

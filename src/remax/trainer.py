@@ -340,7 +340,7 @@ class ReMaxTrainer:
             names = ", ".join(function.name for function in self.parts.reward_functions)
             raise UserError(
                 f"the rewards ({names}) gave no number for any completion of the first step: there is nothing to learn "
-                "from; correct the reward function (its error is in the warning above)."
+                "from; correct the reward function (what went wrong in it, if anything did, is in a warning above)."
             )
         seconds = time.perf_counter() - started
         num_tokens = sum(len(c.token_ids) for c in record.rollout.samples + record.rollout.greedy)

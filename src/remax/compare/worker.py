@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -110,6 +111,9 @@ def run(inputs: CompareInputs, planned: Run, unit: str, amount: float, keep_mode
             ) from None
         except GuardStop as stop:
             raise UserError(str(stop)) from None
+        except SystemExit:
+            # The pool would catch it, and this process wait for work that nobody is left to send.
+            os._exit(1)
     records = "".join(json.dumps(record) + "\n" for record in observer.evaluations)
     (planned.folder / "evaluations.jsonl").write_text(records, encoding="utf-8")
     summary: Mapping[str, Any] = {

@@ -14,6 +14,7 @@ from remax.interfaces import Message
 from remax.rewards import RewardModel, reward_input_ids
 from remax.stages.reward import Pairs, rank_pairs
 
+BALANCE = "balance lengths in the pairs that it learns from, and watch completions/mean_length in the run"
 PROBES = 32
 """Texts that are scored in several ways: enough for a spread, few enough for seconds."""
 EXTRA_PADDING = 8
@@ -134,7 +135,7 @@ def check_reward_pairs(context: Context) -> list[Finding]:
     if context.pairs is None or not context.inputs.reward_model:
         why = "there is no --reward_model" if context.pairs is not None else "there are no --pairs"
         return [Finding("reward pairs", "skip", why)]
-    return [finding for model in _learned(context) for finding in pair_findings(model, _pairs(context, model))]
+    return [finding for model in learned(context) for finding in pair_findings(model, _pairs(context, model))]
 
 
 def pair_findings(model: RewardModel, pairs: Pairs) -> list[Finding]:
@@ -160,16 +161,18 @@ def pair_findings(model: RewardModel, pairs: Pairs) -> list[Finding]:
     ]
 
 
-def length_finding(check: str, found: float, number: int, of: str, *, may_fail: bool = True) -> Finding:
+def length_finding(
+    check: str, found: float, number: int, of: str, *, fix: str = BALANCE, may_fail: bool = True
+) -> Finding:
     """Returns what a correlation of reward and length over so many texts says."""
     low, high = correlation_interval(found, number)
     near = max(low, -high, 0.0)
     finding = f"correlation {found:+.2f} (95% interval {low:+.2f} to {high:+.2f}) over {number} {of}"
-    fix = "balance lengths in the pairs that it learns from, and watch completions/mean_length in the run"
     return judged(check, finding, fix, fail=may_fail and near > LENGTH_FAIL, warn=near > LENGTH_WARN)
 
 
-def _learned(context: Context) -> list[RewardModel]:
+def learned(context: Context) -> list[RewardModel]:
+    """Returns the rewards that are models."""
     return [function for function in context.reward_functions if isinstance(function, RewardModel)]
 
 
@@ -190,7 +193,7 @@ def _pairs(context: Context, model: RewardModel) -> Pairs:
 def _probed(context: Context) -> list[tuple[RewardModel, list[list[int]]]]:
     """Returns every reward model with texts for it to score: from the pairs, or the prompts with one same answer."""
     found = []
-    for model in _learned(context):
+    for model in learned(context):
         if context.pairs is not None:
             pairs = _pairs(context, model)
             probes = [ids for pair in zip(*pairs, strict=True) for ids in pair]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from remax.doctor.context import SAMPLES, Context
 from remax.doctor.findings import Finding, judged
-from remax.doctor.reward import length_finding
+from remax.doctor.reward import BALANCE, learned, length_finding
 from remax.doctor.statistics import mean_interval
 from remax.logprobs import CompletionScorer
 from remax.stages.reward import correlation, wilson_interval
@@ -19,6 +19,7 @@ FEWEST = 16
 """Samples from which on "none at all" is more than chance: with a true share of a fifth, that is seen once in 36."""
 SILENT_WARN = 0.5
 """Share of samples whose reward is that of their baseline: half of every batch would be drawn for nothing."""
+WATCH = "if length is not what it is to reward, change it; watch completions/mean_length in the run"
 GAP_WARN = 2.0
 """Distance of greedy and sampled rewards in standard deviations of a sampled one: squared advantages then are five
 times as large as those of a baseline in the middle, and so, roughly, is the gradient's variance."""
@@ -78,7 +79,10 @@ def check_rewards(context: Context) -> list[Finding]:
         if lengths[present].std() > 0:
             own = correlation(lengths[present], sampled[present])
             # A programmed reward may be about length, so this is never a fault.
-            found.append(length_finding("reward and length", own, int(present.sum()), "samples", may_fail=False))
+            fix = BALANCE if learned(context) else WATCH
+            found.append(
+                length_finding("reward and length", own, int(present.sum()), "samples", fix=fix, may_fail=False)
+            )
     return found
 
 

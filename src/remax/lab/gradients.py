@@ -78,7 +78,7 @@ def _no_rewards(parts: Components) -> UserError:
     names = ", ".join(function.name for function in parts.reward_functions)
     return UserError(
         f"the rewards ({names}) gave no number for any sample of a rollout with its baseline: there is no gradient; "
-        "correct the reward function (its error is in the warning above)."
+        "correct the reward function (what went wrong in it, if anything did, is in a warning above)."
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,12 @@ class Plan:
     """What a step moves between the devices."""
     single: list[Proposal]
     proposal: Proposal | None
-    ratios: list[Ratio]
+    split: Split
+
+    @cached_property
+    def ratios(self) -> list[Ratio]:
+        """ReMax against PPO by size of the model; computed only if it is shown."""
+        return ratios(self.args, self.work, self.split)
 
     @property
     def fits(self) -> bool:
@@ -149,7 +155,7 @@ def make_plan(inputs: PlanInputs, args: ReMaxConfig) -> Plan:
         network=transfers(networks(args), args, work, split),
         single=single,
         proposal=proposal,
-        ratios=ratios(args, work, split),
+        split=split,
     )
 
 
