@@ -69,8 +69,10 @@ def test_a_misspelt_folder_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--model is sft/modle: there is no such folder; did you mean sft/model"):
         check_model_exists("sft/modle", flag="--model")
-    with pytest.raises(UserError, match="--model is sft/x: there is no such folder; set the path"):
-        check_model_exists("sft/x", flag="--model")
+    with pytest.raises(UserError, match="--model is gold/model: there is no such folder; set the path"):
+        check_model_exists("gold/model", flag="--model")
+    (tmp_path / "Qwen" / "Qwen2.5-0.5B").mkdir(parents=True)
+    check_model_exists("Qwen/Qwen2.5-1.5B", flag="--model")  # a folder of models from the hub, of which one is there
 
 
 def test_folders_and_hub_names_may_exist(folder: str, tmp_path: Path) -> None:

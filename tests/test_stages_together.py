@@ -111,7 +111,7 @@ def check_same(folder: Path, case: str, tmp_path: Path) -> None:
     alone = together.run(tmp_path, case)
     one, two = together.outcome(alone), together.outcome(folder / alone.name)
     assert (one["weights"] - two["weights"]).norm() <= TOLERANCE * one["weights"].norm()
-    same = ("step", "epoch", "loss", "grad_norm", "learning_rate", "accuracy", "margin")
+    same = ("step", "epoch", "loss", "grad_norm", "learning_rate", "accuracy", "margin", "mean_reward")
     same += ("rewards/chosen", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
     assert len(two["lines"]) == 5
     for ours, theirs in zip(two["lines"], one["lines"], strict=True):

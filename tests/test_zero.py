@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 import zero_steps
 from remax import learner, zero
-from remax.checkpoint.shards import deal, read_shards, write_shards
+from remax.checkpoint.shards import _is_covered, _Reader, deal, read_shards, write_shards
 from toy_training import calm_policy, lively, make_trainer, read
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -101,6 +102,24 @@ def test_what_two_processes_write_one_reads(tmp_path: Path, monkeypatch: pytest.
             assert torch.equal(other.optimizer.state[ours][key], value), key
     counts = {other.optimizer.state[parameter]["step"].data_ptr() for parameter in other.trainable}
     assert len(counts) == len(other.trainable), "every weight counts its own steps"
+
+
+def test_tensors_without_all_of_their_parts_are_seen() -> None:
+    def about(*chunks: tuple[int, int]) -> TensorStorageMetadata:
+        parts = [ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([rows, 3])) for start, rows in chunks]
+        return TensorStorageMetadata(TensorProperties(), torch.Size([4, 3]), parts)
+
+    assert _is_covered(about((0, 2), (2, 2)))
+    assert not _is_covered(about((2, 2)))
+
+
+def test_what_cannot_be_read_is_an_ordinary_error(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "1.safetensors")
+    reader = _Reader(tmp_path)
+    assert torch.equal(reader.whole("a"), torch.ones(2))
+    (tmp_path / "1.safetensors").unlink()
+    with pytest.raises(OSError, match=r"No such file"):
+        reader.whole("a")
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------

@@ -96,9 +96,10 @@ def _normalised(prog: str, arguments: Sequence[str], hints: dict[str, Any]) -> l
         if token in ("-h", "--help"):
             return ["--help"]
         if not token.startswith("--"):
-            raise UserError(
-                f"{shown(token)} is no flag: it would be ignored; put it behind the flag that it belongs to."
-            )
+            own = token.lstrip("-").split("=")[0]
+            meant = token.startswith("-") and own in hints
+            advice = f"did you mean --{own}" if meant else "put it behind the flag that it belongs to"
+            raise UserError(f"{shown(token)} is no flag: it would be ignored; {advice}.")
         name, equals, value = token[2:].partition("=")
         if name.replace("-", "_") not in (*hints, *OWN_FLAGS):
             raise UserError(f"{prog} has no flag --{shown(name)}: nothing was run; {nearest(name, list(hints))}.")
@@ -213,4 +214,6 @@ def _advice(value: str, hint: Any) -> str:
         close = difflib.get_close_matches(shown(value), [str(choice) for choice in get_args(hint)], n=1)
         if close:
             return f"did you mean {close[0]}"
+    if get_origin(hint) is list and "\n" not in value and not value.startswith(("[", "{")):
+        return f"write [{shown(value)}]"
     return "see --help"

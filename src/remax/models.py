@@ -4,7 +4,6 @@ A user's mistake shows before any weights are read wherever the files tell it.
 """
 
 import copy
-import difflib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,8 @@ from remax.untrusted import shown
 T = TypeVar("T")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OUTPUTS = ("model", "best_model")
+"""The folders that a run leaves with models."""
 PAD_TOKEN = "<|pad|>"
 
 
@@ -88,18 +89,12 @@ def check_model_exists(name_or_path: str, *, flag: str) -> None:
         name_or_path.startswith((".", "/", "~"))
         or name_or_path.endswith("/")
         or name_or_path.count("/") > 1
-        or ("/" in name_or_path and path.parent.is_dir())
+        # What a run leaves, or something beside it: no name on the hub.
+        or ("/" in name_or_path and (path.name in OUTPUTS or (path.parent / "model").is_dir()))
     ):
-        similar = difflib.get_close_matches(path.name, _folders_in(path.parent), n=1)
-        advice = f"did you mean {shown(path.parent / similar[0])}" if similar else "set the path of a model"
+        beside = [name for name in OUTPUTS if (path.parent / name).is_dir()]
+        advice = f"did you mean {shown(path.parent / beside[0])}" if beside else "set the path of a model"
         raise UserError(f"{flag} is {shown(name_or_path)}: there is no such folder; {advice}.")
-
-
-def _folders_in(folder: Path) -> list[str]:
-    try:
-        return [entry.name for entry in folder.iterdir() if entry.is_dir()]
-    except OSError:
-        return []
 
 
 def load_tokenizer(name_or_path: str, *, flag: str) -> Any:

@@ -20,8 +20,9 @@ FOREIGN_NAMES = {
     "warmup_ratio": "warmup_steps (a number below 1 is a fraction of the run)",
     "eval_strategy": "eval_steps",
     "load_best_model_at_end": "save_best_model",
-    "loss_type": "loss_aggregation",
+    "loss_type": "method (grpo, dr_grpo, ...) and loss_aggregation",
     "kl_coef": "beta",
+    "lr": "learning_rate",
     "max_length": "max_prompt_length and max_completion_length",
     "response_length": "max_completion_length",
     "peft_config": "use_peft with lora_r, lora_alpha and lora_target_modules",
@@ -61,7 +62,7 @@ FOREIGN_NAMES = {
     "delta": "cliprange with --method ppo (the others are on-policy, so there is no ratio to clip)",
     "reward_clip_range": "reward_clip with reward_clip_mode",
     "normalize_advantages": "method (grpo divides by the group's standard deviation), or whiten_advantages with ppo",
-    "min_p": "top_p (the distribution that is sampled is the one that is differentiated)",
+    "min_p": "nothing (top_p and top_k are here; the distribution that is sampled is the one that is differentiated)",
     "repetition_penalty": "nothing (the distribution that is sampled is the one that is differentiated)",
     "generation_kwargs": "temperature, top_p and top_k",
     "num_completions_to_print": "logging_steps (completions.jsonl has all of them)",
@@ -90,7 +91,8 @@ LARGEST_WHOLE_NUMBER = 2**63 - 1
 def nearest(name: object, known: list[str]) -> str:
     """Returns advice for an unknown setting: our word for it, or the most similar name."""
     if isinstance(name, str) and name in FOREIGN_NAMES:
-        return f"here it is {FOREIGN_NAMES[name]}"
+        ours = FOREIGN_NAMES[name]
+        return f"there is {ours} for it here" if ours.startswith("nothing") else f"here it is {ours}"
     close = difflib.get_close_matches(shown(name), known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}" if close else "see --help for all settings"
 

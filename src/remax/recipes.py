@@ -14,6 +14,8 @@ class Recipe:
     """What has to be there first, and where the settings come from."""
     settings: dict[str, Any]
     """Those that differ from the defaults, by the names of the flags."""
+    command: str = "remax train --config"
+    """What its file is given to."""
 
 
 RECIPES = {
@@ -227,5 +229,6 @@ RECIPES = {
             "max_steps": 100,
             "learning_rate": 3e-4,
         },
+        command="python train.py",
     ),
 }

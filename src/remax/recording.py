@@ -93,8 +93,9 @@ class RunFolder:
         self.write_config(config)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Writes config.yaml, which `--config` reads back."""
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        """Writes config.yaml, which `--config` reads back, without what was meant for one start of the run."""
+        lasting = {name: value for name, value in config.items() if name not in ("resume", "allow_config_change")}
+        text = yaml.safe_dump(lasting, sort_keys=False, allow_unicode=True)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
     def discard_empty(self) -> None:

@@ -61,7 +61,7 @@ class GuardedServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), handler)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, TypeError, ValueError) as error:
             raise UserError(
                 f"--host is {shown(host)} and --port {port}: the server cannot listen there ({shown(error)}); set "
                 "others."

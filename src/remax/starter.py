@@ -50,13 +50,17 @@ def run_init(args: InitConfig) -> None:
             f"--output is {shown(path)}: it cannot be written ({error.strerror}); set another path."
         ) from None
     print(f"{path} has the settings of {args.recipe}, and all others commented out. Read it, then:")
-    print(f"  remax doctor --config {path}\n  remax train --config {path}")
+    print("\n".join(f"  {command}" for command in _next_steps(RECIPES[args.recipe], str(path))))
+
+
+def _next_steps(recipe: Recipe, path: str) -> list[str]:
+    return [f"remax doctor --config {path}", f"{recipe.command} {path}"]
 
 
 def starter(name: str, recipe: Recipe, *, shown_path: str = "run.yaml") -> str:
     """Returns the YAML of a recipe: its settings with their documentation, then every other one at its default."""
     lines = [*_comment(f"{name}: {recipe.summary}"), "#", *_comment(recipe.before), "#"]
-    lines += [f"# remax doctor --config {shown_path}", f"# remax train --config {shown_path}"]
+    lines += [f"# {command}" for command in _next_steps(recipe, shown_path)]
     for title, fields in _groups():
         own = [field for field, _ in fields if field.name in recipe.settings]
         if own:

@@ -221,6 +221,8 @@ class ReMaxTrainer:
             self.session.restore_generators()
             if not self._is_evaluated:  # At the beginning, or since a guard stopped the run while it was.
                 self._evaluate()
+            if self._ended:
+                self.view.note(f"All of {self.max_steps} steps are done: nothing is left to train.")
             self.view.start(self.max_steps, self.state.global_step)
             while not self._ended:
                 metrics = self._recorded_step(self.state.global_step + 1)
@@ -310,11 +312,11 @@ class ReMaxTrainer:
         )
 
     def _push(self) -> None:
-        """Uploads the final model, if that is wanted."""
-        if self.destination is None or not self.save_final_model:
+        """Uploads the final model, if that is wanted. The other processes do not wait: it may take an hour."""
+        if self.destination is None or not self.save_final_model or not self.processes.is_main:
             return
-        destination, message = self.destination, f"Model after {self.max_steps} steps with {self.args.method}"
-        address = self.processes.on_main(lambda: push(self.folder.model, destination, message=message))
+        message = f"Model after {self.max_steps} steps with {self.args.method}"
+        address = push(self.folder.model, self.destination, message=message)
         self.view.note(f"The model is at {address}.")
 
     def _start_trackers(self) -> None:

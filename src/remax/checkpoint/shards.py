@@ -47,9 +47,12 @@ def write_shards(folder: Path, learners: Mapping[str, Any]) -> dict[str, dict[in
     try:
         save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:
-        reasons = [str(failure[0]) for failure in error.failures.values()]
-        raise OSError(reasons[0] if reasons else str(error)) from error
+        raise OSError(_reason(error)) from error
     return others
+
+
+def _reason(error: CheckpointException) -> str:
+    return next((str(failure[0]) for failure in error.failures.values()), str(error))
 
 
 def _cut(name: str, learner: Any) -> tuple[dict[str, Tensor], dict[int, dict[str, Any]]]:
@@ -122,9 +125,16 @@ def read_shards(folder: Path, learners: Mapping[str, Any], others: Mapping[str, 
         raise KeyError(min(wrong))
     if wrong := {key for key, shape in shapes.items() if shape != reader.about(key).size}:
         raise ValueError(f"{min(wrong)} has another shape")
+    if wrong := {key for key in shapes if not _is_covered(reader.about(key))}:
+        raise ValueError(f"{min(wrong)} lacks a part")
     for name, learner in learners.items():
         read = _read_whole if zero.is_engine(learner.network) else _read_cut
         read(name, learner, reader, keys[name], others[name])
+
+
+def _is_covered(about: TensorStorageMetadata) -> bool:
+    """Whether the parts of a tensor, which do not overlap, are all of it."""
+    return sum(chunk.sizes.numel() for chunk in about.chunks) == about.size.numel()
 
 
 def _read_cut(
@@ -178,7 +188,10 @@ class _Reader(HuggingFaceStorageReader):
         """Reads this process' parts of tensors into them."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # That one process alone reads it is as it should be.
-            load(tensors, storage_reader=self)
+            try:
+                load(tensors, storage_reader=self)
+            except CheckpointException as error:  # which is no Exception
+                raise OSError(_reason(error)) from error
 
     def whole(self, key: str) -> Tensor:
         """Returns all of a tensor."""

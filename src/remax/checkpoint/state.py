@@ -35,7 +35,7 @@ from remax.checkpoint.shards import FOLDER as SHARDS
 from remax.checkpoint.shards import part_like
 from remax.errors import UserError
 from remax.interfaces import Prompt
-from remax.models import adapter_is_new
+from remax.models import adapter_is_new, short_reason
 from remax.sharding import whole
 
 TRAINING = "training.pt"
@@ -272,6 +272,11 @@ def _reading(checkpoint: Path) -> Iterator[None]:
     """Says in one sentence what is wrong with files whose checksums are right: somebody made them up."""
     try:
         yield
+    except OSError as error:
+        raise UserError(
+            f"--resume names {checkpoint}: it could not be read just now ({short_reason(error)}); try again, or set "
+            "another one."
+        ) from error
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError | torch.OutOfMemoryError):
             raise

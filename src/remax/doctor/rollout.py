@@ -66,8 +66,8 @@ def check_rewards(context: Context) -> list[Finding]:
     found = [
         judged(
             "rewards",
-            f"{missing:.0%} of {number + len(greedy)} completions have none; mean {_mean(sampled[present])}, greedy "
-            f"{_mean(greedy[greedy.isfinite()])}",
+            f"{missing:.0%} of {number + len(greedy)} completions have no reward; mean {_mean(sampled[present])}, "
+            f"greedy {_mean(greedy[greedy.isfinite()])}",
             "look at the warnings above; more than --max_missing_rewards of a step stop the run",
             fail=missing > context.args.max_missing_rewards,
             warn=missing > 0,

@@ -1,5 +1,6 @@
 """What became of a run, before any picture: each measurement at its beginning and its end, with intervals."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Change:
     def verdict(self) -> str:
         """What may be said of it, in a word or two."""
         if self.change.interval is None:
-            return "rose" if self.change.value > 0 else "fell" if self.change.value < 0 else "stayed the same"
+            return "changed" if self.change.value else "stayed the same"
         low, high = self.change.interval
         return "rose" if low > 0 else "fell" if high < 0 else "changed within chance"
 
@@ -122,6 +123,8 @@ def headline(runs: Sequence[Run], summaries: Sequence[Summary]) -> str:
     name = next((n for n in ("gold", "reward") if all(n in s.changes for s in summaries)), None)
     if name is None:
         return f"{len(runs)} runs side by side."
+    if len({_judges(run) for run in runs}) > 1 or len({summary.held_out for summary in summaries}) > 1:
+        return f"{len(runs)} runs side by side; their rewards are not of one kind, so none is the best."
     ends = [summary.changes[name].after.value for summary in summaries]
     best = max(range(len(runs)), key=lambda index: ends[index])
     change = summaries[best].changes[name]
@@ -130,6 +133,12 @@ def headline(runs: Sequence[Run], summaries: Sequence[Summary]) -> str:
         f"Of {len(runs)} runs, {runs[best].label} reaches the highest {change.title.split(',')[0]} {where}: "
         f"{estimate_text(change.after)}."
     )
+
+
+def _judges(run: Run) -> str:
+    """Returns what gives a run's rewards and gold rewards."""
+    names = ("reward_model", "reward_funcs", "reward_url", "reward_weights", "gold_reward_model", "gold_reward_funcs")
+    return json.dumps([run.config.get(name) for name in names])
 
 
 def _one(run: Run, summary: Summary) -> str:

@@ -13,10 +13,10 @@ Pick = tuple[int, bool]
 STUB = 2
 """Tokens of what stands for an example that does not count: as few as give the policy something to predict."""
 MEANS = (
-    *("accuracy", "margin", "logps/chosen", "logps/rejected"),
+    *("logps/chosen", "logps/rejected"),
     *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
 )
-"""The metrics of TRL that are means over pairs."""
+"""The metrics of TRL's DPO that are means over pairs, and 0 for pairs that do not count."""
 
 
 class MicroBatches(Sampler[list[Pick]]):
@@ -131,7 +131,7 @@ class TogetherMixin:
 class PairsMixin(TogetherMixin):
     """Likewise of TRL's trainers on pairs, whose loss is a mean over them.
 
-    Subclasses see to it that in a pair that does not count the chosen text and the rejected one are the same.
+    Subclasses see to it that a pair that does not count adds nothing to the loss.
     """
 
     loss_is_scaled_for_ga = True

@@ -9,6 +9,7 @@ import torch
 import transformers
 import trl
 from peft import PeftModel
+from torch import Tensor
 from torch.nn import functional
 
 from remax.cards import public_name
@@ -17,7 +18,7 @@ from remax.errors import UserError
 from remax.models import add_adapter, disable_dropout, give_own_pad_token, new_reward_model
 from remax.processes import ALONE, Processes
 from remax.rewards import RewardModel, require_chat_template
-from remax.stages.batches import MicroBatches, PairsMixin
+from remax.stages.batches import STUB, MicroBatches, PairsMixin
 from remax.stages.common import load_pairs, position_limit, say, short_pairs, tokenizer_for, trainer_arguments
 from remax.stages.run import StageRun
 
@@ -125,7 +126,8 @@ class _Trainer(PairsMixin, trl.RewardTrainer):  # type: ignore[misc]
 
     def collate_counting(self, rows: list[Any], counts: list[bool]) -> Any:
         pairs = zip(rows, counts, strict=True)
-        rows = [row if own else {**row, "rejected_ids": row["chosen_ids"]} for row, own in pairs]
+        names = ("chosen_ids", "rejected_ids")
+        rows = [row if own else dict.fromkeys(names, row["chosen_ids"][:STUB]) for row, own in pairs]
         return super().collate_counting(rows, counts)
 
     def compute_loss(
@@ -134,9 +136,27 @@ class _Trainer(PairsMixin, trl.RewardTrainer):  # type: ignore[misc]
         counts = inputs.pop("counts")
         _, outputs = super().compute_loss(model, inputs, return_outputs=True)
         chosen, rejected = outputs.logits.float().squeeze(-1).chunk(2)
-        # Not TRL's loss: with the dropout of an adapter, a text does not get the same reward twice.
+        self._measure(chosen.detach(), rejected.detach(), counts, num_items_in_batch)
         total = (functional.softplus(rejected - chosen) * counts).sum()
         return self.share_of(total, counts, num_items_in_batch)
+
+    def _measure(self, chosen: Tensor, rejected: Tensor, counts: Tensor, num_pairs: Any) -> None:
+        """Puts means over the pairs of the step in the place of TRL's, which counts those that do not count.
+
+        With the dropout of an adapter, a text does not get the same reward twice. Extremes are not told: of those of
+        several micro-batches TRL takes the mean.
+        """
+        means = {
+            "accuracy": (chosen > rejected).float(),
+            "margin": chosen - rejected,
+            "mean_reward": (chosen + rejected) / 2,
+        }
+        sums = torch.stack([(values * counts).sum() for values in means.values()])
+        totals = self.accelerator.gather(sums[None]).sum(0) * self.current_gradient_accumulation_steps / num_pairs
+        for name, value in zip(means, totals.tolist(), strict=True):
+            self._metrics["train"][name][-1] = value  # TRL takes the mean over micro-batches.
+        for name in ("min_reward", "max_reward"):
+            self._metrics["train"].pop(name, None)
 
 
 def _prepared(model: Any, config: RewardConfig, tokenizer: Any) -> Any:

@@ -195,9 +195,9 @@ class StageRun:
         Raises:
             PushFailed: all is done and written, but that did not work.
         """
-        if self.destination is not None:
+        if self.destination is not None and self.processes.is_main:  # Nobody waits: an upload may take an hour.
             destination, message = self.destination, f"Model after {self.num_steps} steps of remax {self.kind}"
-            address = self.processes.on_main(lambda: push(self.folder.model, destination, message=message))
+            address = push(self.folder.model, destination, message=message)
             say(f"The model is at {address}.")
 
 
