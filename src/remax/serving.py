@@ -83,7 +83,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
 
     server: GuardedServer
     server_version, sys_version = "remax", ""
-    secret_name = "token"
+    credential_name = "token"
 
     def answer(self, find: Callable[[], dict[str, Any]]) -> None:
         """Replies with what `find` returns to a client that may ask, or with what goes wrong."""
@@ -99,7 +99,7 @@ class GuardedHandler(BaseHTTPRequestHandler):
             self.send_error(500, f"{type(error).__name__}: {error}")
 
     def _check_client(self) -> None:
-        secret, name = self.server.secret, self.secret_name
+        secret, name = self.server.secret, self.credential_name
         # A web page whose own name was made to lead to 127.0.0.1 (DNS rebinding) has no secret, and sends that name.
         if secret is None and not all(map(names_loopback, self.headers.get_all("Host", []))):
             raise Refusal(403, f"the Host header is neither localhost nor a loopback address, and there is no {name}")

@@ -115,7 +115,7 @@ class _Handler(GuardedHandler):
     """One request of one client."""
 
     server: VLLMServer
-    secret_name = "key"
+    credential_name = "key"
     timeout = SECONDS_OF_SILENCE
 
     def do_GET(self) -> None:
