@@ -167,7 +167,7 @@ def test_two_processes_take_the_step_of_one(stage: int, alone: tuple[Path, dict[
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
-WEIGHTS = {"remax": "model.safetensors", "lora": "adapter/adapter_model.safetensors"}
+WEIGHTS = {"remax": "model.safetensors", "ppo": "model.safetensors", "lora": "adapter/adapter_model.safetensors"}
 
 
 def cut(root: Path, name: str, copy: str) -> None:
@@ -184,10 +184,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in WEIGHTS:
         zero_steps.train(root / f"{name}_alone", name)
     cut(root, "remax_alone", "remax_alone_zero2")
-    launch(2, root, "remax in remax_zero2", "lora in lora_zero2", "remax in remax_alone_zero2")
+    launch(2, root, *(f"{name} in {name}_zero2" for name in WEIGHTS), "remax in remax_alone_zero2")
     for name in WEIGHTS:
         cut(root, f"{name}_zero2", f"{name}_zero2_zero3")
-    launch(3, root, "remax in remax_zero3", "remax in remax_zero2_zero3", "lora in lora_zero2_zero3")
+    launch(3, root, "remax in remax_zero3", *(f"{name} in {name}_zero2_zero3" for name in WEIGHTS))
     cut(root, "remax_zero3", "remax_zero3_fsdp2")
     launch(0, root, "remax in remax_fsdp2", "remax in remax_zero3_fsdp2")
     cut(root, "remax_zero3", "remax_zero3_zero2")
@@ -196,7 +196,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut(root, "remax_zero3", "remax_zero3_three")
     cut(root, "remax_fsdp2", "remax_fsdp2_three")
     launch(3, root, "remax in remax_zero3_three", "remax in remax_fsdp2_three", num_processes=3)
-    for begun in ("remax_zero2", "remax_zero3", "lora_zero2"):
+    for begun in ("remax_zero2", "remax_zero3", "ppo_zero2", "lora_zero2"):
         cut(root, begun, f"{begun}_alone")
         zero_steps.train(root / f"{begun}_alone", begun.partition("_")[0])
     return root
@@ -212,6 +212,8 @@ RESUMED = {
     "remax_zero3_three": (2, 3),
     "remax_zero3_alone": (2, 1),
     "remax_fsdp2_three": (2, 3),
+    "ppo_zero2_zero3": (2, 2),
+    "ppo_zero2_alone": (2, 1),
     "lora_zero2_zero3": (2, 2),
     "lora_zero2_alone": (2, 1),
 }
@@ -225,7 +227,8 @@ def test_a_run_goes_on_in_another_way(runs: Path, resumed: str) -> None:
     name = resumed.partition("_")[0]
     ours, theirs = (read(runs / folder / "metrics.jsonl") for folder in (resumed, f"{name}_alone"))
     assert [line["num_processes"] for line in ours] == [number for number in RESUMED[resumed] for _ in range(2)]
-    for metric in ("loss", "grad_norm", "kl", "reward", "learning_rate", "entropy"):
+    others = ("value/loss", "value/grad_norm") if name == "ppo" else ()
+    for metric in ("loss", "grad_norm", "kl", "reward", "learning_rate", "entropy", *others):
         assert [line[metric] for line in ours] == pytest.approx([line[metric] for line in theirs], rel=1e-4, abs=1e-5)
     expected = load_file(runs / f"{name}_alone" / "model" / WEIGHTS[name])
     exported = load_file(runs / resumed / "model" / WEIGHTS[name])

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from remax import learner, processes, zero
-from remax.learner import Learner
 from remax.methods import critic_free
 from remax.metrics import step_metrics
-from together import Sharding
+from together import PPO, Sharding
 from toy_training import calm_policy, lively, make_trainer
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -27,16 +27,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"beta": 0.2, "use_peft": True, "lora_r": 2, "micro_batch_tokens": 40},
     "bf16": {"beta": 0.2, "bf16": True},
     "no signal": {"beta": 0.0, "kl_mode": "none"},
+    "ppo": {**PPO, "micro_batch_tokens": 40},
+    "ppo with lora": {**PPO, "use_peft": True, "lora_r": 2, "max_grad_norm": 0.5},
 }
 BY_ZERO = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
-def weights(of: Learner) -> Tensor:
+def weights(trained: list[Parameter]) -> Tensor:
     if not BY_ZERO:
-        return torch.cat([p.detach().flatten() for p in of.trainable])
+        return torch.cat([p.detach().flatten() for p in trained])
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return torch.cat([safe_get_full_fp32_param(p).flatten().clone() for p in of.trainable])
+    return torch.cat([safe_get_full_fp32_param(p).flatten().clone() for p in trained])
 
 
 def constant(completions: list[str], **_: Any) -> list[float]:
@@ -47,18 +49,20 @@ def run(folder: Path, case: str) -> dict[str, Any]:
     """Returns the weights around one step and what was recorded."""
     reward = constant if case == "no signal" else lively
     trainer = make_trainer(folder / case, reward, model=calm_policy(1), batch_size=8, **SETTINGS[case])
-    before, batch = weights(trainer.policy), trainer.order.batch(1)
+    learners = [trainer.policy, *([trainer.method.critic] if case.startswith("ppo") else [])]
+    trained = [parameter for one in learners for parameter in one.trainable]
+    before, batch = weights(trained), trainer.order.batch(1)
     if case == "after one that is not finite":
         real = critic_free.policy_gradient_loss
         critic_free.policy_gradient_loss = lambda *a, **k: real(*a, **k)._replace(loss=real(*a, **k).loss * math.nan)
         assert math.isnan(trainer.step(batch, 1).grad_norm)
         critic_free.policy_gradient_loss = real
-        assert torch.equal(weights(trainer.policy), before)
+        assert torch.equal(weights(trained), before)
     record = trainer.step(batch, 1)
     trainer.save_model(folder / f"{case} model")
-    held = sum(p.numel() for p in trainer.policy.trainable)
+    held = sum(p.numel() for p in trained)
     metrics = {name: value for name, value in step_metrics(record).items() if value == value}
-    return {"before": before, "after": weights(trainer.policy), "metrics": metrics, "held": held}
+    return {"before": before, "after": weights(trained), "metrics": metrics, "held": held}
 
 
 def train(folder: Path, name: str) -> None:

@@ -277,11 +277,6 @@ def _refuse_sharding(what: str) -> None:
 
 def _check_deepspeed(args: ReMaxConfig) -> None:
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if args.method == "ppo":
-        raise UserError(
-            f"--method is ppo: its value model is a second network, and DeepSpeed (ZeRO-{stage}) takes one; set "
-            "--accelerate_config fsdp2 or ddp, or --method remax."
-        )
     if args.optim in ("adamw_torch_8bit", "adafactor"):
         raise UserError(
             f"--optim is {args.optim}: it looks at matrices, of which DeepSpeed (ZeRO-{stage}) makes one long vector; "

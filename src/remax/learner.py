@@ -47,6 +47,7 @@ class Learner:
         self.optimizer: Any
         if stage_of(accelerator):
             configure(accelerator, args.max_grad_norm)
+            accelerator.deepspeed_engine_wrapped = None  # It would warn of a second one, such as PPO's value model.
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.module = accelerator.unwrap_model(self.network)
         """The network without what Accelerate put around it; sharded, its weights are others now."""
