@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True, "use_peft": True, "lora_r": 2},
     "bf16": {"bf16": True},
     "fused": {"micro_batch_size": 1},
+    "dropout": {"batch_size": 5, "micro_batch_size": 2, "use_peft": True, "lora_r": 2, "lora_dropout": 0.5},
 }
 """Nine examples in steps of four: the third step has one, of which the second process has none."""
 

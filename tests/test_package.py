@@ -148,7 +148,7 @@ def settings_of(path: Path) -> dict[str, Any]:
 def test_a_starter_file_is_what_train_accepts(name: str, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "run.yaml"
     assert main(["init", name, "--output", str(path)]) == 0
-    assert f"remax train --config {path}" in capsys.readouterr().out
+    assert f"  {RECIPES[name].command} {path}\n" in capsys.readouterr().out
     found = settings_of(path)
     for setting, value in RECIPES[name].settings.items():
         assert found[setting] == value

@@ -17,10 +17,11 @@ import yaml
 from raw_server import Answer, Client, completion, drips, endless, endless_chunks, reply, rewards, serving, sleeps, two
 from remax.cli import main
 from remax.config import EvaluateInputs, LabInputs, TrainInputs
+from remax.credentials import read_credential
 from remax.errors import GuardStop, UserError
 from remax.rewards import score
 from remax.rewards.named import named_rewards
-from remax.rewards.remote import NUM_ATTEMPTS, RemoteReward, read_token
+from remax.rewards.remote import NUM_ATTEMPTS, TOKEN_VARIABLE, RemoteReward
 from toy_training import make_trainer, read
 
 # The protocol ---------------------------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(token: str, mo
         RemoteReward("http://127.0.0.1:9", timeout_seconds=1.0)
     assert token not in str(caught.value)
     monkeypatch.setenv("REMAX_REWARD_TOKEN", "")
-    assert read_token() is None
+    assert read_credential(TOKEN_VARIABLE) is None
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

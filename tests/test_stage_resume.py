@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from remax.checkpoint.files import list_checkpoints, path_of, problem_of
+from remax.checkpoint.lock import RunLock
 from remax.config import DPOConfig, RewardConfig, SFTConfig
 from remax.errors import Interrupted, UserError
 from remax.stages import run as stage_run
@@ -177,6 +178,22 @@ def test_a_stage_killed_before_it_wrote_its_model_writes_it(
             run("sft", tmp_path / "parts")
     run("sft", tmp_path / "parts", resume="auto")
     assert outcome(whole) == outcome(tmp_path / "parts")
+
+
+def test_no_other_run_gets_the_folder_before_the_model_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, handler, seen = tmp_path / "out", signal.getsignal(signal.SIGINT), []
+
+    def saves(*args: Any, **kwargs: Any) -> None:
+        with pytest.raises(UserError, match="a run is going on there"):
+            RunLock(out).check_free()
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    monkeypatch.setattr(stage_run, "save_model", saves)
+    run("sft", out)
+    assert seen == [handler], "Ctrl-C stops at once, as no step has to be finished"
+    RunLock(out).check_free()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")])

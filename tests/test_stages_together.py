@@ -27,7 +27,8 @@ from toy_tokenizers import toy_tokenizer
 FOLDER = Path(__file__).parent
 TOLERANCE = 1e-5
 QUICK = ["sft: whole shares", "sft: uneven shares", "reward: small parts", "dpo: uneven shares"]
-SLOW = [f"{stage}: {name}" for stage in together.STAGES for name in together.SETTINGS if name not in ("bf16", "fused")]
+SPECIAL = ("bf16", "fused", "dropout")
+SLOW = [f"{stage}: {name}" for stage in together.STAGES for name in together.SETTINGS if name not in SPECIAL]
 SLOW = ["sft: fused", *(case for case in SLOW if case not in QUICK)]
 
 
@@ -97,7 +98,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have run the others."""
-    return run_together(tmp_path_factory.mktemp("slow"), [*SLOW, "sft: bf16"])
+    return run_together(tmp_path_factory.mktemp("slow"), [*SLOW, "sft: bf16", "reward: dropout"])
 
 
 def run_together(folder: Path, cases: list[str]) -> Path:
@@ -133,6 +134,14 @@ def test_two_processes_train_as_one(case: str, quick: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("case", SLOW)
 def test_two_processes_train_as_one_with_any_settings(case: str, slow: Path, tmp_path: Path) -> None:
     check_same(slow, case, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_does_not_count_is_not_measured(slow: Path) -> None:
+    """With the dropout of an adapter, the stub of a pair that does not count prefers one side of itself too."""
+    for line, num_pairs in zip(lines_of(slow / "reward_dropout"), (5, 4, 5, 4, 5), strict=True):
+        assert line["accuracy"] * num_pairs == pytest.approx(round(line["accuracy"] * num_pairs), abs=1e-5)
+        assert 0 <= round(line["accuracy"] * num_pairs) <= num_pairs
 
 
 @pytest.mark.slow

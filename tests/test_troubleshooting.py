@@ -1,6 +1,6 @@
 """docs/troubleshooting.md quotes what remax says; what it quotes is compared with the texts in the source.
 
-A quoted message is a line of its own, bold and in code, in which … stands for what varies. Its other parts have to
+A quoted message is a heading of the third level, in code, in which … stands for what varies. Its other parts have to
 stand, in this order, in one text of src/remax. A flag may be quoted where the source puts one in.
 """
 
@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / "src" / "remax"
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 
-QUOTE = re.compile(r"^\*\*`(.+)`\*\*$", re.MULTILINE)
+QUOTE = re.compile(r"^### `(.+)`$", re.MULTILINE)
 FLAG = re.compile(r"--[a-z]\w*")
 VARIES = "…"
 FEWEST_LETTERS = 20

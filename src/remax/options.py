@@ -53,6 +53,8 @@ FOREIGN_NAMES = {
     "overwrite_output_dir": "resume (or delete the folder: a run is never overwritten)",
     "save_strategy": "save_steps (0 for the last one alone, -1 for none)",
     "logging_strategy": "logging_steps",
+    "log_level": "logging_steps (how often a step is told)",
+    "do_sample": "nothing (samples are always drawn; temperature, top_p and top_k say how)",
     "num_generations_eval": "num_eval_prompts (evaluations draw one sample of each prompt, and the greedy completion)",
     "eval_on_start": "eval_dataset (with it, every run is evaluated at its start)",
     "greater_is_better": "metric_for_best_model (larger is always better)",
@@ -93,7 +95,7 @@ def nearest(name: object, known: list[str]) -> str:
     if isinstance(name, str) and name in FOREIGN_NAMES:
         ours = FOREIGN_NAMES[name]
         return f"there is {ours} for it here" if ours.startswith("nothing") else f"here it is {ours}"
-    close = difflib.get_close_matches(shown(name), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(shown(name), known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}" if close else "see --help for all settings"
 
 

@@ -1,6 +1,5 @@
 """Settings of the vLLM rollout engine, in a training and of its server, `remax serve-vllm`."""
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
@@ -11,22 +10,7 @@ from remax.options import Options
 from remax.untrusted import shown
 
 KEY_VARIABLE = "VLLM_API_KEY"
-"""The environment variable that holds the API key: a flag would be seen by others and written to config.yaml."""
-
-
-def read_key() -> str | None:
-    """Returns the API key that client and server share, None if there is none.
-
-    Raises:
-        UserError: no header could hold it. It is not shown.
-    """
-    key = os.environ.get(KEY_VARIABLE)
-    if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise UserError(
-            f"the environment variable {KEY_VARIABLE} has characters that no key can have, so no server would take it; "
-            "set letters, digits and signs without spaces."
-        )
-    return key or None
+"""The environment variable that holds the API key of `remax serve-vllm`."""
 
 
 @dataclass(frozen=True)

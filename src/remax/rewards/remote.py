@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import math
-import os
 import random
 import socket
 import threading
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from remax.config.inputs import check_reward_url
+from remax.credentials import read_credential
 from remax.errors import UserError
 from remax.interfaces import Completion
 from remax.rewards.programmed import ProgrammedReward
@@ -65,7 +65,7 @@ class RemoteReward(ProgrammedReward):
         self.url = url.rstrip("/")
         self._sleep = sleep
         self._jitter = jitter or random.Random().random  # Never the global generator: a run's own numbers come from it.
-        read_token()
+        read_credential(TOKEN_VARIABLE)
 
     def wait_until_ready(self) -> None:
         """Returns when the server has said that it speaks this protocol.
@@ -187,24 +187,9 @@ class _NoAnswer(Exception):
         self.kind = kind or reason
 
 
-def read_token() -> str | None:
-    """Returns the token that client and server share, None if there is none.
-
-    Raises:
-        UserError: no header could hold it. It is not shown.
-    """
-    token = os.environ.get(TOKEN_VARIABLE)
-    if token and not (token.isascii() and token.isprintable() and " " not in token):
-        raise UserError(
-            f"the environment variable {TOKEN_VARIABLE} has characters that no token can have, so no server would take "
-            "it; set letters, digits and signs without spaces."
-        )
-    return token or None
-
-
 def _headers() -> dict[str, str]:
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "remax"}
-    token = read_token()
+    token = read_credential(TOKEN_VARIABLE)
     return headers | {"Authorization": f"Bearer {token}"} if token else headers
 
 

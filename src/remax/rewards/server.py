@@ -9,10 +9,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from remax.credentials import read_credential
 from remax.errors import UserError
 from remax.interfaces import Completion, Message, Prompt, RewardFunction
 from remax.rewards import ProgrammedReward, score
-from remax.rewards.remote import PROTOCOL_VERSION, TOKEN_VARIABLE, read_token, shut_after
+from remax.rewards.remote import PROTOCOL_VERSION, TOKEN_VARIABLE, shut_after
 from remax.serving import JSON, GuardedHandler, GuardedServer, Refusal, ended_by_signals
 from remax.untrusted import printable, shown
 
@@ -65,7 +66,7 @@ class RewardServer(GuardedServer):
         self.seconds_to_send = seconds_to_send
         self.scoring = threading.Lock()
         self.free = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        super().__init__(_Handler, host, port, secret=read_token(), variable=TOKEN_VARIABLE)
+        super().__init__(_Handler, host, port, secret=read_credential(TOKEN_VARIABLE), variable=TOKEN_VARIABLE)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serves a client in a thread, unless there are too many."""

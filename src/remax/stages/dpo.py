@@ -99,7 +99,7 @@ def run_dpo(
             model.delete_adapter("ref")
         return trainer
 
-    with stage.tracked():
+    with stage.running():
         _, model, loss = stage.train(make_trainer, model)
         metrics = {"loss": loss}
         lines = [

@@ -77,7 +77,7 @@ def run_reward(
         trainer.batches = batches
         return trainer
 
-    with stage.tracked():
+    with stage.running():
         _, model, loss = stage.train(make_trainer, model)
         metrics = {"loss": loss}
         lines = [

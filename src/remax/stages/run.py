@@ -81,13 +81,15 @@ class StageRun:
         return metrics | {f"eval/{name}": value for name, value in quality.items()}
 
     @contextmanager
-    def tracked(self) -> Iterator[None]:
-        """Around all that trackers hear of; how it ends is how their run ends."""
+    def running(self) -> Iterator[None]:
+        """Around training, measuring and saving: no other run gets the folder, and trackers hear how it ends."""
         try:
             yield
         except BaseException as error:
             self.trackers.finish(error)
             raise
+        finally:
+            self.run.end()
         self.trackers.finish()
 
     def train(self, make_trainer: Callable[[], Any], model: Any) -> tuple[Any, Any, float]:
@@ -121,7 +123,7 @@ class StageRun:
                     self.folder.discard()
                 raise
             finally:
-                self.run.end()
+                self.run.signals.give_back()  # From here on Ctrl-C stops at once.
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         # TRL puts a forward of its own on the model, which must not outlive the trainer.
         vars(base).pop("forward", None)

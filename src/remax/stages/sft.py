@@ -72,7 +72,7 @@ def run_sft(
         trainer.batches = batches
         return trainer
 
-    with stage.tracked():
+    with stage.running():
         trainer, model, loss = stage.train(make_trainer, model)
         metrics = {"loss": loss}
         lines = [
@@ -174,6 +174,8 @@ def as_examples(dataset: Any, *, flag: str) -> Any:
     """
     check_columns(dataset, [], flag=flag, purpose="fine-tuning")
     there = set(dataset.column_names)
+    if "rejected" in there and not there & {"completion", "messages", "text"}:
+        say(f"{flag} has pairs: what was chosen is learned, what was rejected is left out.")
     if "prompt" in there and ("completion" in there or "chosen" in there):
         if "completion" not in there:
             dataset = dataset.rename_column("chosen", "completion")

@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import json
-import os
 import random
 import socket
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from remax.credentials import read_credential
 from remax.errors import UserError
 from remax.rewards.remote import (
     FIRST_WAIT_SECONDS,
@@ -70,7 +70,7 @@ class Endpoint:
         self._connections: set[http.client.HTTPConnection] = set()
         self._sleep = sleep or self._stopped.wait
         self._jitter = jitter or random.Random().random
-        self._key = read_key()
+        self._key = read_credential(KEY_VARIABLE)
 
     def check(self) -> None:
         """Returns when the endpoint has answered a question, whatever it says.
@@ -167,21 +167,6 @@ class Endpoint:
             said = f"answered {status}, a redirect to {shown(response.headers.get('Location'))}, which is not followed"
         retry = status >= 500 or status in WORTH_RETRYING
         return _NoAnswer(said, retry=retry, wait=_seconds(response.headers.get("Retry-After")))
-
-
-def read_key() -> str | None:
-    """Returns the key of the endpoint, None if there is none.
-
-    Raises:
-        UserError: no header could hold it. It is not shown.
-    """
-    key = os.environ.get(KEY_VARIABLE)
-    if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise UserError(
-            f"the environment variable {KEY_VARIABLE} has characters that no key can have, so no endpoint would take "
-            "it; set letters, digits and signs without spaces."
-        )
-    return key or None
 
 
 def _content(text: bytes) -> str:

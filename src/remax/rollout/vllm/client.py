@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from remax.config.vllm import KEY_VARIABLE, read_key
+from remax.config.vllm import KEY_VARIABLE
+from remax.credentials import read_credential
 from remax.errors import GuardStop, UserError
 from remax.rollout.vllm.engine import Drawn, Request, Weights
 from remax.untrusted import shown
@@ -56,7 +57,7 @@ class RemoteVLLM:
         self.name = f"the vLLM server at {url}"
         self._sleep = sleep
         self._jitter = jitter or random.Random().random  # Never the global generator: a run's own numbers come from it.
-        read_key()
+        read_credential(KEY_VARIABLE)
 
     def check(self, model: dict[str, Any], *, longest: int) -> str:
         """Returns the type that the server computes in, having made sure that it has the same model.
@@ -179,7 +180,7 @@ class RemoteVLLM:
         make = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
         connection = make(str(address.hostname), address.port, timeout=SECONDS_TO_CONNECT)
         headers = {"Content-Type": kind, "Accept": JSON, "User-Agent": "remax"}
-        if key := read_key():
+        if key := read_credential(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"
         try:
             connection.connect()

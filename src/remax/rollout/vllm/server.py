@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from remax.config.vllm import KEY_VARIABLE, ServeVLLMConfig, read_key
+from remax.config.vllm import KEY_VARIABLE, ServeVLLMConfig
+from remax.credentials import read_credential
 from remax.errors import UserError
 from remax.interfaces import Sampling
 from remax.rollout.vllm.client import PROTOCOL_VERSION, TENSORS
@@ -70,7 +71,9 @@ class VLLMServer(GuardedServer):
             UserError: it cannot listen there, or another machine could ask without a key.
         """
         danger = "use the server and replace its weights"
-        super().__init__(_Handler, host, port, secret=read_key(), variable=KEY_VARIABLE, danger=danger)
+        super().__init__(
+            _Handler, host, port, secret=read_credential(KEY_VARIABLE), variable=KEY_VARIABLE, danger=danger
+        )
         self.folder = Path(tempfile.mkdtemp(prefix="remax-vllm-"))
         """Where weights arrive."""
 
