@@ -80,6 +80,7 @@ def test_a_signal_finishes_the_step_and_saves(
     assert f"remax: {name}: stopped after step {steps}, with its state saved in {checkpoint}; go on with" in log
     assert "Traceback" not in log
     assert problem_of(checkpoint) is None
+    assert (out / "report.html").exists()
     assert not (out / ".lock").exists()
 
 

@@ -107,6 +107,7 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path) -> None:
     assert completed_by_bash(tmp_path, "train", "--bf16", "") == ["true", "false"]
     assert completed_by_bash(tmp_path, "train", "--train_dataset", "my") == ["my prompts.jsonl"]
     assert completed_by_bash(tmp_path, "completion", "f") == ["fish"]
+    assert completed_by_bash(tmp_path, "init", "su") == ["summarise"]
     assert completed_by_bash(tmp_path, "evaluate", "--kl_mode", "t") == [], "a flag of another command"
 
 

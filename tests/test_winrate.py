@@ -167,6 +167,28 @@ def test_two_files_and_an_endpoint(tmp_path: Path, capsys: Any) -> None:
         assert not {"\x1b", "\u202e", "\u2028"} & set((out / name).read_text())
 
 
+def test_a_judge_that_sees_no_difference_is_told(tmp_path: Path, capsys: Any) -> None:
+    """The instructions of AlpacaEval are messages, so a function that takes completions for texts measures lists."""
+    paths = [
+        write(tmp_path / f"{name}.json", [{"instruction": q, "output": text, "generator": name} for q, text in outputs])
+        for name, outputs in {"a": [("q", "long text"), ("r", "x")], "b": [("q", "short"), ("r", "x")]}.items()
+    ]
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, **_):\n    return [len(text) for text in completions]\n"
+        "def letters(completions, **_):\n    return [len(text[0]['content']) for text in completions]\n"
+    )
+    printed = {}
+    for name in ("length", "letters"):
+        judge = ["--reward_funcs", f"{tmp_path / 'rewards.py'}:{name}", "--reward_timeout_seconds", "0"]
+        assert main(["winrate", *paths, *judge, "--output_dir", str(tmp_path / name)]) == 0
+        printed[name] = capsys.readouterr().out
+        assert "1 pairs have the same output twice, and count as ties." in printed[name]
+    assert "every pair is a tie: the judge sees no difference" in printed["length"]
+    assert "sees no difference" not in printed["letters"]
+    with (tmp_path / "length" / "pairs.csv").open(newline="") as file:
+        assert json.loads(next(csv.DictReader(file))["prompt"]) == [{"role": "user", "content": "q"}]
+
+
 def test_two_checkpoints_and_rewards(world: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
     """The outputs are those of `remax evaluate`, sampled and greedy, from checkpoints and from its files."""
     other = tmp_path / "other"

@@ -11,7 +11,7 @@ from typing import Any
 
 from remax import config
 from remax.demo.settings import DemoConfig
-from remax.errors import GuardStop
+from remax.errors import GuardStop, Interrupted
 from remax.options import Options
 
 
@@ -66,7 +66,7 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig, options: con
     )
     try:
         trainer.train()
-    except (GuardStop, PushFailed):  # Of a run that was stopped the report is wanted most.
+    except (GuardStop, Interrupted, PushFailed):  # Of a run that was stopped the report is wanted most.
         if trainer.processes.is_main:
             _report(trainer.folder)
         raise
@@ -77,10 +77,10 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig, options: con
 
 
 def _report(folder: Any) -> None:
-    """Leaves report.html in the folder of a training that has just ended."""
+    """Leaves report.html in the folder of a training that has just ended, unless nothing of it is left."""
     from remax.report.command import report_after_training
 
-    if folder.writes:
+    if folder.writes and folder.path.exists():
         print(report_after_training(folder.path))
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from remax.flags import OWN_FLAGS
 from remax.options import Options
+from remax.recipes import RECIPES
 
 TOP_LEVEL = ("--help", "--version")
 
@@ -40,7 +41,8 @@ def _words(command: Any) -> Words:
 
 def _values(settings: type[Options]) -> dict[str, Sequence[str]]:
     hints = get_type_hints(settings)
-    return {field.name: _choices(hints[field.name]) for field in fields(settings)}  # type: ignore[arg-type]
+    values = {field.name: _choices(hints[field.name]) for field in fields(settings)}  # type: ignore[arg-type]
+    return values | ({"recipe": list(RECIPES)} if "recipe" in values else {})
 
 
 def _choices(hint: Any) -> Sequence[str]:

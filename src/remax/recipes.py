@@ -72,9 +72,9 @@ RECIPES = {
     "gsm8k": Recipe(
         "Qwen2.5-0.5B on grade-school mathematics, with a reward that checks the answer.",
         """data/train.jsonl and data/test.jsonl are GSM8K with the question as a column prompt (one message of a
-        user) and the solution as a column answer; rewards.py has a function correct(completions, answer,
-        **columns), which gives 1.0 where a completion's answer is that of the solution, and 0.0
-        elsewhere.""",
+        user) and the number that is right as a column answer; rewards.py has a function
+        correct(completions, answer, **columns), which gives 1.0 where a completion's answer is that
+        number, and 0.0 elsewhere.""",
         {
             "model": "Qwen/Qwen2.5-0.5B-Instruct",
             "train_dataset": "data/train.jsonl",

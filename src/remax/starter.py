@@ -51,16 +51,21 @@ def run_init(args: InitConfig) -> None:
         ) from None
     print(f"{path} has the settings of {args.recipe}, and all others commented out. Read it, then:")
     print("\n".join(f"  {command}" for command in _next_steps(RECIPES[args.recipe], str(path))))
+    print(_where(args.recipe))
 
 
 def _next_steps(recipe: Recipe, path: str) -> list[str]:
     return [f"remax doctor --config {path}", f"{recipe.command} {path}"]
 
 
+def _where(name: str) -> str:
+    return f"What belongs to it, with the scripts that it names: examples/{name} in remax's repository."
+
+
 def starter(name: str, recipe: Recipe, *, shown_path: str = "run.yaml") -> str:
     """Returns the YAML of a recipe: its settings with their documentation, then every other one at its default."""
     lines = [*_comment(f"{name}: {recipe.summary}"), "#", *_comment(recipe.before), "#"]
-    lines += [f"# {command}" for command in _next_steps(recipe, shown_path)]
+    lines += [*(f"# {command}" for command in _next_steps(recipe, shown_path)), "#", *_comment(_where(name))]
     for title, fields in _groups():
         own = [field for field, _ in fields if field.name in recipe.settings]
         if own:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -144,7 +145,7 @@ def _cell(value: Any) -> Any:
         return ""
     if isinstance(value, int | float):
         return value
-    text = printable(value if isinstance(value, str) else str(value))
+    text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return f"'{text}" if text.lstrip(" ").startswith(OF_FORMULAS) else text
 
 
@@ -245,6 +246,13 @@ def _remarks(result: Mapping[str, Any], example: str) -> Iterable[str]:
         yield (
             "One side is longer in every pair, so the length-controlled rate is extrapolated: no pair shows what equal "
             "lengths would do."
+        )
+    if identical := result["num_identical"]:
+        yield f"{identical} pairs have the same output twice, and count as ties."
+    if result["ties"] == result["num_judged"] > identical:
+        yield (
+            "Outputs differ and every pair is a tie: the judge sees no difference. A reward function gets lists of "
+            "messages where prompts are messages, as AlpacaEval's are."
         )
     left_out = result["num_pairs"] - result["num_judged"]
     if left_out:
