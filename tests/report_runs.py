@@ -88,10 +88,21 @@ def write_run(folder: Path, *, steps: int = 4, prompts: int = 3, ended: bool = T
         means.append({"step": step} | {f"eval/{n}": sum(v[n] for v in own) / prompts for n in own[0]})
     write_lines(folder / "eval.jsonl", means)
     write_lines(folder / "completions.jsonl", [sampled(s, p) for s in range(1, steps + 1) for p in range(prompts)])
-    settings = {"method": "remax", "max_steps": steps, "learning_rate": 1e-3, "reward_funcs": [], **config}
+    settings = {"method": "remax", "max_steps": steps, "learning_rate": 1e-3, "reward_funcs": []}
+    settings |= {
+        "reward_model": "rm/model",
+        "gold_reward_model": "gold/model",
+        "eval_dataset": "held_out.jsonl",
+        **config,
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     start = {"step": 0, "date": "2026-01-02T03:04:05+00:00", "command": "remax train --model M", "num_processes": 1}
-    start |= {"versions": VERSIONS, "hardware": {"cpu": "A CPU", "gpus": ["A GPU", "A GPU"]}, "commit": "abc123"}
+    start |= {
+        "directory": str(folder.parent),
+        "versions": VERSIONS,
+        "hardware": {"cpu": "A CPU", "gpus": ["A GPU", "A GPU"]},
+        "commit": "abc123",
+    }
     (folder / "provenance.json").write_text(json.dumps({"starts": [start]}), encoding="utf-8")
     if ended:
         (folder / "model").mkdir()

@@ -68,7 +68,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_lines(hostile / "eval_completions.jsonl", [held_out(s, 0, **texts) for s in (0, 2, 4)])
     write_lines(hostile / "completions.jsonl", [sampled(1, 0, **texts)])
     write_lines(hostile / "alarms.jsonl", [{"step": 1, "event": "alarm", "metric": "kl", "message": HOSTILE}])
-    made = {"one": [first], "two": [first, second], "hostile": [hostile]}
+    group = write_run(folder / "group", steps=4)
+    write_lines(group / "completions.jsonl", [sampled(step, 0, greedy_reward=None) for step in (1, 2)])
+    made = {"one": [first], "two": [first, second], "hostile": [hostile], "three": [first, second, group]}
     for name, runs in made.items():
         text = page(read_runs([str(run) for run in runs]))
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
@@ -142,6 +144,29 @@ def test_sorting_and_its_buttons(one: Opened) -> None:
     page.get_by_label("Sort by").select_option("length down")
     assert "tokens 36" in one.texts("#completions-list header")[0]
     assert one.complaints == []
+
+
+def test_only_orders_that_the_completions_have_a_value_for_are_offered(chromium: Any, files: dict[str, Path]) -> None:
+    opened = Opened(chromium, files["three"])
+    page = opened.page
+
+    def offered() -> set[str]:
+        enabled = "options => options.filter((o) => !o.disabled && !o.hidden).map((o) => o.value.split(' ')[0])"
+        return set(page.locator("#sort option").evaluate_all(enabled))
+
+    always = {"reward", "length", "step"}
+    assert offered() == always | {"gap", "gold", "change"}
+    page.get_by_label("Sort by").select_option("gold up")
+    page.get_by_label("From", exact=True).select_option("1")
+    assert offered() == always | {"gap", "change"}  # Gold rewards are of evaluations only.
+    assert page.get_by_label("Sort by").input_value() == "reward down"
+    page.get_by_label("Run", exact=True).select_option("2")
+    page.get_by_label("Step (empty for all)").fill("")
+    assert offered() == always | {"change"}
+    assert page.get_by_role("button", name="Most changed").is_enabled()
+    assert opened.texts("#found") == ["2 completions of all steps"]
+    assert opened.complaints == []
+    opened.context.close()
 
 
 def test_searching_and_paging(one: Opened) -> None:
@@ -230,7 +255,7 @@ def test_curves_read_out_their_values(one: Opened) -> None:
     text = one.texts("#chart-held-out .readout")[0]
     assert text.startswith("step 60 ")
     mean = sum(60 * (i + 1) + i for i in range(30)) / 30
-    assert f"learned reward, sampled {mean:,.1f}" in text
+    assert f"reward, sampled {mean:,.1f}" in text
     page.keyboard.press("ArrowLeft")
     assert one.texts("#chart-held-out .readout")[0].startswith("step 58 ")
     page.keyboard.press("Home")
@@ -254,7 +279,7 @@ def test_curves_read_out_their_values(one: Opened) -> None:
     x = end["box"][0] + (line["x"][-1] - end["x"][0]) / (end["x"][1] - end["x"][0]) * (end["box"][2] - end["box"][0])
     y = end["box"][3] - (line["y"][-1] - end["y"][0]) / (end["y"][1] - end["y"][0]) * (end["box"][3] - end["box"][1])
     page.mouse.move(box["x"] + x * box["width"] / 310, box["y"] + y * box["width"] / 310)
-    assert one.texts("#chart-against-kl .readout")[0].startswith("step 60  learned reward, sampled")
+    assert one.texts("#chart-against-kl .readout")[0].startswith("step 60  reward, sampled")
     assert one.complaints == []
 
 
@@ -285,6 +310,21 @@ def test_runs_over_each_other_can_be_hidden(chromium: Any, files: dict[str, Path
     assert len(headers) == 31 + 26
     assert headers[0].startswith("run 1, step 0")
     assert headers[-1].startswith("run 2, step 50")
+    assert opened.complaints == []
+    opened.context.close()
+
+
+@pytest.mark.parametrize("source", ["0", "1"])
+def test_the_worst_of_all_runs_are_those_at_the_end_of_each(source: str, chromium: Any, files: dict[str, Path]) -> None:
+    opened = Opened(chromium, files["two"])
+    opened.page.get_by_label("From", exact=True).select_option(source)
+    opened.page.get_by_role("button", name="Worst").click()
+    assert opened.texts("#found") == ["60 completions of step 60 (run 1), step 50 (run 2)"]
+    # At step s, prompt i has reward s (i + 1) + i when it is evaluated, and s + i in training.
+    ends = [s * (i + 1) + i if source == "0" else s + i for s in (60, 50) for i in range(30)]
+    assert opened.rewards() == sorted(ends)[:20]
+    opened.page.get_by_label("Step (empty for all)").fill("20")
+    assert opened.texts("#found") == ["60 completions of step 20"]
     assert opened.complaints == []
     opened.context.close()
 

@@ -178,7 +178,7 @@ def test_a_training_leaves_its_report(world: Path, tmp_path: Path, capsys: Any) 
     assert train(world, out) == 0
     assert f"The report is {out / 'report.html'}." in capsys.readouterr().out
     parsed = Parsed((out / "report.html").read_text(encoding="utf-8"))
-    assert "In 2 steps, on held-out prompts, the learned reward" in parsed.text
+    assert "In 2 steps, on held-out prompts, the reward" in parsed.text
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     sampled_line = parsed.data["charts"]["reward"]["panels"][0]["lines"][0]
     assert sampled_line["y"] == pytest.approx([line["reward"] for line in metrics], rel=1e-4)

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from remax.markup import prose, safe
 from remax.report.completions import Kept
 from remax.report.reading import Run
 
+# page.js offers those that the chosen completions have a value for.
 SORTS = {
     "reward down": "reward, highest first",
     "reward up": "reward, lowest first",
@@ -35,10 +38,7 @@ def browser(runs: Sequence[Run], kept: Sequence[Kept]) -> Iterator[str]:
     run = '<option value="all">all</option>' + "".join(
         f'<option value="{index}">run {index + 1}: {safe(r.label)}</option>' for index, r in enumerate(runs)
     )
-    has_gold = any(len(r.evaluated("gold")[0]) for r in runs)
-    sort = "".join(
-        f'<option value="{key}">{title}</option>' for key, title in SORTS.items() if has_gold or "gold" not in key
-    )
+    sort = "".join(f'<option value="{key}">{title}</option>' for key, title in SORTS.items())
     one = " hidden" if len(runs) == 1 else ""
     yield f"""<div id="browser"{hidden}><div class="controls" role="search">
 <div class="wide"><label for="search">Search</label>
@@ -68,12 +68,15 @@ def browser(runs: Sequence[Run], kept: Sequence[Kept]) -> Iterator[str]:
 
 
 def _what_is_kept(runs: Sequence[Run], kept: Sequence[Kept]) -> Iterator[str]:
-    yield (
-        "Gap is the reward of the sample minus that of the greedy completion of the same prompt, its baseline. Best "
-        "and worst go by the reward at the last step, most changed by how far the reward of a prompt moved from its "
-        "first step here to its last. What is not seen (control characters, the direction of writing) is shown as "
-        "\N{REPLACEMENT CHARACTER}."
-    )
+    completions = [own for run in runs for own in (run.held_out, run.completions)]
+    if any(np.isfinite(own.column("greedy_reward")).any() for own in completions):
+        yield "Gap is the reward of the sample minus that of the greedy completion of the same prompt."
+    if any(map(len, completions)):
+        yield (
+            "Best and worst go by the reward at the last step, most changed by how far the reward of a prompt moved "
+            "from its first step here to its last. What is not seen (control characters, the direction of writing) is "
+            "shown as \N{REPLACEMENT CHARACTER}."
+        )
     for run, own in zip(runs, kept, strict=True):
         name = f"{run.label}: " if len(runs) > 1 else ""
         totals = own.held_out[1] + own.training[1]

@@ -27,40 +27,41 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
 
 def _training(runs: Sequence[Run]) -> Chart | None:
     names = {"reward": "sampled", "reward/greedy": "greedy"}
-    return _by_step(
-        runs,
-        "reward",
-        "Reward in training",
-        "The mean of each step's own prompts. Sampled completions learn from their distance to the greedy one: both "
-        "lines should rise together; greedy that stands still above sampled means that the policy only gets less "
-        "random.",
-        names,
-        "reward",
-    )
+    reading = "The mean of each step's own prompts: single steps differ with their prompts, the trend should rise."
+    if any(len(run.column("reward/greedy")[0]) for run in runs):
+        reading += (
+            " Sampled and greedy should rise together; greedy that stands still above sampled means that the policy "
+            "only gets less random."
+        )
+    return _by_step(runs, "reward", "Reward in training", reading, names, "reward")
 
 
 def _held_out(runs: Sequence[Run]) -> Chart | None:
-    """Learned above gold, both on held-out prompts."""
+    """The reward above the gold reward, both on held-out prompts."""
     panels = []
-    for label, names in (("learned", ("reward", "reward/greedy")), ("gold", ("gold", "gold/greedy"))):
+    for label, names in (("reward", ("reward", "reward/greedy")), ("gold reward", ("gold", "gold/greedy"))):
         lines = tuple(
             line
             for index, run in enumerate(runs)
             for style, name in enumerate(names)
             if (line := _evaluated(index, run, name, ("sampled", "greedy")[style], style)) is not None
         )
-        panels += [Panel(f"{label} reward", lines)] if lines else []
-    reading = (
-        "The same held-out prompts with the same noise every time, with 95% intervals over prompts. The gold reward "
-        "judges and is never trained on: where the learned reward rises and gold falls, the policy pleases the reward "
-        "model and not what it stands for."
-    )
-    if len(panels) == 1:
-        reading = (
-            "The same held-out prompts with the same noise every time, with 95% intervals over prompts. Without a gold "
-            "reward (--gold_reward_model) nothing tells whether a higher learned reward is a better policy."
+        panels += [Panel(label, lines)] if lines else []
+    reading = "The same held-out prompts with the same noise every time"
+    if any(line.band is not None for panel in panels for line in panel.lines):
+        reading += ", with 95% intervals over prompts"
+    if len(panels) == 2:
+        reading += (
+            ". The reward is what training maximises, the gold reward judges and is never trained on: where the reward "
+            "rises and the gold reward falls, the policy pleases the reward and not what it stands for"
         )
-    title = "Learned against gold reward, held out" if len(panels) == 2 else "Reward, held out"
+    elif any(run.config.get("reward_model") for run in runs):
+        reading += (
+            ". A reward model can be fooled: without a gold reward (--gold_reward_model) nothing tells whether a "
+            "higher reward is a better policy"
+        )
+    reading += "."
+    title = "Reward against gold reward, held out" if len(panels) == 2 else "Reward, held out"
     return Chart("held-out", title, reading, tuple(panels), metrics=("eval/gold",)) if panels else None
 
 
@@ -105,8 +106,7 @@ def _path(index: int, run: Run, name: str, style: int) -> Line | None:
         width = window(len(common))
         kls, values = running_mean(kls, width), running_mean(values, width)
     kls, values, common = (thinned(column) for column in (kls, values, common))
-    title = {"reward": "learned reward, sampled", "gold": "gold reward, sampled"}[name]
-    return Line(index, title, style, kls, values, marked=source == run.evaluated, steps=common)
+    return Line(index, summary.MEASURES[name], style, kls, values, marked=source == run.evaluated, steps=common)
 
 
 def _kl(runs: Sequence[Run]) -> Chart | None:
@@ -184,24 +184,13 @@ def _fractions(runs: Sequence[Run]) -> Chart | None:
 
 
 def _functions(runs: Sequence[Run]) -> Chart | None:
-    """Every reward by itself, where there are several."""
-    keys = dict.fromkeys(
-        key for run in runs for record in run.steps[-1:] for key in record if _is_mean_of_function(key)
-    )
-    if not 1 < len(keys) <= MOST_FUNCTIONS:
-        return None
-    return _by_step(
-        runs,
-        "functions",
-        "Rewards one by one",
-        "What the reward is the weighted sum of: one that falls is paid for by another.",
-        {key: shown(key.removeprefix("rewards/").removesuffix("/mean"), LONGEST_NAME) for key in keys},
-        "mean over samples",
-    )
-
-
-def _is_mean_of_function(key: str) -> bool:
-    return key.startswith("rewards/") and key.endswith("/mean")
+    """Every reward by itself, where a run has several."""
+    functions = list(dict.fromkeys(name for run in runs if len(run.functions) > 1 for name in run.functions))
+    reading = "What the reward is the weighted sum of: one that falls is paid for by another."
+    if len(functions) > MOST_FUNCTIONS:
+        reading += f" The first {MOST_FUNCTIONS} of {len(functions)} are drawn; metrics.jsonl has all."
+    names = {f"rewards/{name}/mean": shown(name, LONGEST_NAME) for name in functions[:MOST_FUNCTIONS]}
+    return _by_step(runs, "functions", "Rewards one by one", reading, names, "mean over samples")
 
 
 def _histogram(runs: Sequence[Run]) -> Chart | None:
@@ -219,9 +208,9 @@ def _histogram(runs: Sequence[Run]) -> Chart | None:
         if len(known[index])
     )
     reading = (
-        "Each column is the histogram of some steps' sampled rewards, the stronger the more of them. A cloud that "
-        "moves up as a whole is learning; two clouds, or a dense line at one value, hint at a trick that the reward "
-        "pays for. The lowest and highest 0.5% are drawn at the rims."
+        "Each column is the histogram of some steps' sampled rewards, the stronger the more of them; the lowest and "
+        "highest 0.5% are drawn at the rims. A cloud that moves up as a whole is learning; two clouds, or a dense line "
+        "at one value, hint at a trick that the reward pays for, unless rewards have only a few values."
     )
     return Chart("histogram", "Histogram of rewards by step", reading, panels)
 

@@ -185,12 +185,35 @@ function stepsOf(source, run) {
   return [...new Set(own)].sort((a, b) => a - b);
 }
 
+/** The step of each run that is nearest to the wanted one: runs may be of different lengths. */
+function nearestSteps(source, run, wanted) {
+  const own = data.runs.map((_, index) => [index, stepsOf(source, index)]);
+  const known = own.filter(([index, steps]) => steps.length && (run === null || index === run));
+  return new Map(known.map(([index, steps]) => [index, steps[nearest(steps, wanted)]]));
+}
+
+function told(steps) {
+  const [first] = steps.values();
+  if (first === undefined) return "all steps";
+  if ([...steps.values()].every((step) => step === first)) return `step ${first.toLocaleString("en")}`;
+  return [...steps].map(([run, step]) => `step ${step.toLocaleString("en")} (run ${run + 1})`).join(", ");
+}
+
+/** Leaves out the orders for which no such completion has a value: not every method draws greedy ones in training. */
+function offer(isChosen) {
+  const own = [...rows.step.keys()].filter(isChosen);
+  const has = (order) => own.some((row) => MEASURES[order.split(" ")[0]](row) !== null);
+  for (const option of controls.sort.options) option.hidden = option.disabled = !has(option.value);
+  document.querySelectorAll("button[data-sort]").forEach((button) => { button.disabled = !has(button.dataset.sort); });
+  if (controls.sort.selectedOptions[0].disabled) controls.sort.value = "reward down";
+}
+
 function choose() {
   const source = Number(controls.source.value);
   const run = controls.run.value === "all" ? null : Number(controls.run.value);
   const wanted = controls.search.value.trim().toLowerCase();
-  const steps = stepsOf(source, run);
-  const step = controls.step.value === "" || !steps.length ? null : steps[nearest(steps, Number(controls.step.value))];
+  const steps = controls.step.value === "" ? new Map() : nearestSteps(source, run, Number(controls.step.value));
+  offer((row) => rows.source[row] === source && (run === null || rows.run[row] === run));
   const [name, direction] = controls.sort.value.split(" ");
   const sign = direction === "up" ? 1 : -1;
   const has = (place) => place !== null && texts[place].toLowerCase().includes(wanted);
@@ -198,7 +221,7 @@ function choose() {
     (row) =>
       rows.source[row] === source &&
       (run === null || rows.run[row] === run) &&
-      (step === null || rows.step[row] === step) &&
+      (!steps.size || rows.step[row] === steps.get(rows.run[row])) &&
       (!wanted || has(rows.prompt[row]) || has(rows.text[row]) || has(rows.greedy[row])),
   );
   const value = MEASURES[name];
@@ -208,7 +231,7 @@ function choose() {
     return sign * (left - right) || a - b;
   });
   find("found").textContent = `${chosen.length.toLocaleString("en")} completion${chosen.length === 1 ? "" : "s"}`
-    + (step === null ? " of all steps" : ` of step ${step.toLocaleString("en")}`);
+    + ` of ${told(steps)}`;
   page = 0;
   list(wanted);
 }

@@ -207,9 +207,9 @@ def _settings(runs: Sequence[Run]) -> str:
         return "<p>config.yaml is missing or cannot be read.</p>"
     if len(runs) == 1:
         return folded(f"All {len(runs[0].config)} settings (config.yaml)", pairs(_shortened(runs[0].config)))
-    differing, shared = _told_apart([run.config for run in runs])
+    differing, shared = _told_apart([_shortened(run.config) for run in runs])
     table_of_both = _beside(runs, differing) if differing else "<p>All settings are the same.</p>"
-    return table_of_both + folded(f"{len(shared)} settings that all runs share", pairs(_shortened(shared)))
+    return table_of_both + folded(f"{len(shared)} settings that all runs share", pairs(shared))
 
 
 def _told_apart(values: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
@@ -243,12 +243,54 @@ def _origin(runs: Sequence[Run]) -> Iterator[str]:
     if differing:
         yield _beside(known, differing)
     yield pairs(shared)
-    again = "\n".join(
-        shlex.join(["remax", "train", "--config", str(run.path / "config.yaml"), "--output_dir", "NEW"]) for run in runs
-    )
-    here = shlex.join(str(run.path) for run in runs)
-    yield f"<p>To run it again, and to make this page again (by remax {safe(version('remax-rlhf'))}):</p>"
-    yield f"<pre>{safe(again)}\n{safe(f'remax report {here}')}</pre>"
+    again = [(run.label, command) for run in known if (command := _from_settings(run)) is not None]
+    for run in known:
+        if _from_settings(run) is not None:
+            continue
+        commands_above = "its command above" if len(run.starts) == 1 else "its commands above"
+        number = run.starts[-1].get("num_processes")
+        processes = f", in {number} processes as then" if isinstance(number, int) and number > 1 else ""
+        yield f"<p>To run {safe(run.label)} again, run {commands_above} with another output_dir{processes}.</p>"
+    names = "it" if len(runs) == 1 else ", ".join(label for label, _ in again)
+    purpose = f"To run {names} again, and to make this page again" if again else "To make this page again"
+    page_again = shlex.join(["remax", "report", *(str(run.path.absolute()) for run in runs)])
+    lines = [*(command for _, command in again), page_again]
+    yield f"<p>{safe(purpose)} (by remax {safe(version('remax-rlhf'))}):</p>"
+    yield "<pre>" + "\n".join(safe(shown(line, LONGEST_COMMAND)) for line in lines) + "</pre>"
+
+
+def _from_settings(run: Run) -> str | None:
+    """Returns the command that runs it again from its config.yaml; None where that does not say all.
+
+    The settings have nothing of what a script puts together itself, nor of the launcher that started the processes.
+    """
+    starts = [_words(start.get("command")) for start in run.starts]
+    launch = _launch_flags(starts[-1])
+    alone = run.starts[-1].get("num_processes") == 1
+    if not run.config or any(words[:2] != ["remax", "train"] for words in starts) or not (launch or alone):
+        return None
+    flags = ["--config", str(run.path.absolute() / "config.yaml"), *launch, "--output_dir", "NEW"]
+    directory = run.starts[-1].get("directory")
+    there = f"{shlex.join(['cd', directory])} && " if isinstance(directory, str) else ""
+    return there + shlex.join(["remax", "train", *flags])
+
+
+def _words(command: object) -> list[str]:
+    try:
+        return shlex.split(command) if isinstance(command, str) else []
+    except ValueError:
+        return []
+
+
+def _launch_flags(words: Sequence[str]) -> list[str]:
+    """Returns the flags among these that say in which processes to train; config.yaml does not have them."""
+    found = []
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in ("accelerate_config", "num_processes"):
+            found += [f"--{name}", value if equals else following]
+    return found
 
 
 def _command(run: Run, start: Mapping[str, Any]) -> str:

@@ -77,6 +77,13 @@ class Run:
         """The last step."""
         return max((int(record["step"]) for record in (*self.steps, *self.evaluations)), default=0)
 
+    @property
+    def functions(self) -> list[str]:
+        """The names of its rewards."""
+        keys = [key for record in self.steps[-1:] for key in record]
+        means = [key for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
+        return [key.removeprefix("rewards/").removesuffix("/mean") for key in means]
+
     def column(self, name: str) -> tuple[Floats, Floats]:
         """Returns the steps that measured something, and what: [points] each."""
         return _column(self.steps, name)

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +15,8 @@ from remax.compare.tables import decimals_for, interval_text, number_text
 from remax.report.reading import Floats, Run
 
 MEASURES = {
-    "reward": "learned reward, sampled",
-    "reward/greedy": "learned reward, greedy",
+    "reward": "reward, sampled",
+    "reward/greedy": "reward, greedy",
     "gold": "gold reward, sampled",
     "gold/greedy": "gold reward, greedy",
     "kl": "KL to the reference, nats per sequence",
@@ -22,6 +24,16 @@ MEASURES = {
     "completions/mean_length": "length, tokens",
     "completions/clipped_ratio": "truncated fraction",
 }
+JUDGES = {
+    "reward": ("reward_model", "reward_funcs", "reward_url"),
+    "gold": ("gold_reward_model", "gold_reward_funcs"),
+}
+"""The settings that name what gives a reward."""
+EVALUATION = (
+    *("eval_dataset", "eval_split", "num_eval_prompts", "max_prompt_length", "overlong_prompts", "system_prompt"),
+    *("max_completion_length", "temperature", "top_p", "top_k"),
+)
+"""The settings that decide what is evaluated, and how completions are drawn there."""
 MOST_RESAMPLED = 512
 """Beyond so many values the mean is as good as normal, and resampling them takes gigabytes."""
 NORMAL_95 = 1.96
@@ -100,8 +112,8 @@ def _of_evaluations(run: Run) -> Summary:
     basis = f"Evaluated after step {first:.0f} and after step {last:.0f}"
     if with_prompts:
         basis += (
-            f" on the same {with_prompts:,} held-out prompts; 95% bootstrap intervals over prompts, that of the change "
-            "over the prompts' own changes. They say nothing about other seeds."
+            f" on the same {with_prompts:,} held-out prompts; 95% intervals over prompts, that of the change over "
+            " the prompts' own changes. They say nothing about other seeds."
         )
     else:
         basis += " on held-out prompts; only means were kept of them (--log_completions), so there are no intervals."
@@ -123,31 +135,73 @@ def headline(runs: Sequence[Run], summaries: Sequence[Summary]) -> str:
     name = next((n for n in ("gold", "reward") if all(n in s.changes for s in summaries)), None)
     if name is None:
         return f"{len(runs)} runs side by side."
-    if len({_judges(run) for run in runs}) > 1 or len({summary.held_out for summary in summaries}) > 1:
-        return f"{len(runs)} runs side by side; their rewards are not of one kind, so none is the best."
-    ends = [summary.changes[name].after.value for summary in summaries]
-    best = max(range(len(runs)), key=lambda index: ends[index])
-    change = summaries[best].changes[name]
-    where = "on held-out prompts" if all(summary.held_out for summary in summaries) else "at its end"
-    return (
-        f"Of {len(runs)} runs, {runs[best].label} reaches the highest {change.title.split(',')[0]} {where}: "
-        f"{estimate_text(change.after)}."
-    )
+    obstacle = _obstacle(runs, summaries, name)
+    if obstacle is not None:
+        return f"{len(runs)} runs side by side; {obstacle}, so none is called the best."
+    ends = [summary.changes[name].after for summary in summaries]
+    highest = max(ends, key=lambda end: end.value)
+    best = [
+        run.label for run, end in zip(runs, ends, strict=True) if estimate_texts(end)[0] == estimate_texts(highest)[0]
+    ]
+    result = f"{MEASURES[name].split(',')[0]} on held-out prompts: {estimate_text(highest)}."
+    if len(best) == len(runs):
+        return f"{len(runs)} runs reach the same {result}"
+    if len(best) == 1:
+        return f"Of {len(runs)} runs, {best[0]} reaches the highest {result}"
+    return f"Of {len(runs)} runs, {', '.join(best[:-1])} and {best[-1]} reach the same highest {result}"
 
 
-def _judges(run: Run) -> str:
-    """Returns what gives a run's rewards and gold rewards."""
-    names = ("reward_model", "reward_funcs", "reward_url", "reward_weights", "gold_reward_model", "gold_reward_funcs")
-    return json.dumps([run.config.get(name) for name in names])
+def _obstacle(runs: Sequence[Run], summaries: Sequence[Summary], name: str) -> str | None:
+    """Returns why one run's reward, or gold reward, cannot be held against another's; None if it can."""
+    if not all(summary.held_out for summary in summaries):
+        return "not all have evaluations on held-out prompts to compare"
+    judges = [[_named(run, setting) for setting in JUDGES[name]] for run in runs]
+    if not all(any(own) for own in judges):
+        return "the settings of some do not say which rewards they had"
+    sums = [(_named(run, "reward_weights"), sorted(run.functions)) for run in runs]
+    if _differ(judges) or (name == "reward" and _differ(sums)):
+        return "their settings name different rewards"
+    if _differ([[_named(run, setting) for setting in EVALUATION] for run in runs]):
+        return "their settings name different evaluations"
+    if _differ([_prompts(run) for run in runs]):
+        return "they were evaluated on different prompts"
+    return None
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
+
+
+def _named(run: Run, setting: str) -> list[str]:
+    """Returns what a setting names; a file that is still there by its whole path, read where the run was started."""
+    value = run.config.get(setting)
+    names = [str(name) for name in (value if isinstance(value, list) else [] if value is None else [value])]
+    directory = run.starts[-1].get("directory") if run.starts else None
+    if not isinstance(directory, str):
+        return names
+    parts = [name.partition(":") for name in names]  # rewards.py:function
+    paths = [os.path.join(directory, path) for path, _, _ in parts]
+    return [
+        os.path.realpath(path) + colon + function if os.path.exists(path) else name
+        for name, path, (_, colon, function) in zip(names, paths, parts, strict=True)
+    ]
+
+
+def _prompts(run: Run) -> list[str]:
+    """Returns the prompts of the last evaluation; none where only means were kept of them."""
+    rows = np.flatnonzero(run.held_out.column("step") == run.evaluations[-1]["step"])
+    return sorted(json.dumps([r.get("prompt_index"), r.get("prompt")]) for r in run.held_out.read(rows.tolist()))
 
 
 def _one(run: Run, summary: Summary) -> str:
-    known = [(t, summary.changes[n]) for n, t in (("gold", "gold"), ("reward", "learned")) if n in summary.changes]
+    known = [
+        (t, summary.changes[n]) for n, t in (("gold", "gold reward"), ("reward", "reward")) if n in summary.changes
+    ]
     if not known or run.step == 0:
         return "No step is done yet."
     steps = "1 step" if run.step == 1 else f"{run.step:,} steps"
     where = "held-out prompts" if summary.held_out else "training prompts"
-    parts = [f"the {title} reward {_moved(change)}" for title, change in known]
+    parts = [f"the {title} {_moved(change)}" for title, change in known]
     return f"In {steps}, on {where}, {'; '.join(parts)}."
 
 
