@@ -232,6 +232,43 @@ def test_a_notebook_is_shown_as_its_cells(tmp_path: Path) -> None:
     assert "&lt;three&gt;" in html
 
 
+def test_tables_of_prose_are_marked_for_phones_and_tables_of_numbers_are_not(tmp_path: Path) -> None:
+    prose = "| exit code | `what` | |\n|---|---|---|\n| 2 | wrong | later |\n| none | right |  |\n"
+    two = "| a | b |\n|---|---|\n| c | d |\n"
+    numbers = "| run | reward |\n|---|---:|\n| first | 1.5 |\n"
+    html = (build(small(tmp_path, f"{prose}\n{two}\n{numbers}")) / "index.html").read_text()
+    tables = re.findall(r"<table([^>]*)>(.*?)</table>", html, re.DOTALL)[:3]  # The theme has one of its own.
+    assert ["data-prose" in attributes for attributes, _ in tables] == [True, True, False]
+    cells = [re.findall(r"<td([^>]*)>(.*?)</td>", body) for _, body in tables]
+    assert cells[0] == [
+        (' data-head="exit code"', "2"),
+        (' data-head="what"', "wrong"),
+        (' data-head=""', "later"),
+        ("", "none"),
+        (' data-head="what"', "right"),
+        (' data-head=""', ""),
+    ]
+    assert cells[1] == [("", "c"), ("", "d")]
+    assert "data-head" not in tables[2][1]
+
+
+def test_the_navigation_has_every_readme_that_people_start_from() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\ntheme:\n")[0]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/**/README.md")]
+    assert len(pages) > 10
+    missing = [page for page in pages if f": repository/{page.relative_to(ROOT).as_posix()}\n" not in navigation]
+    assert not missing
+
+
+def test_the_search_knows_the_theme_s_message() -> None:
+    """website/theme/assets/search.js changes what is typed on its way to the theme's worker."""
+    material = pytest.importorskip("material", reason="mkdocs-material is not installed (the extra `docs` has it)")
+    (worker,) = Path(material.__path__[0]).glob("templates/assets/javascripts/workers/search.*.min.js")
+    script = (ROOT / "website/theme/assets/search.js").read_text(encoding="utf-8")
+    number = re.findall(r"^const QUERY = (\d+)", script, re.MULTILINE)
+    assert re.findall(r"case (\d+):let \w+=\w+\.data;", worker.read_text(encoding="utf-8")) == number
+
+
 WRONG = {
     "a.md": "[gone](../src/gone.py)",
     "b.md": "[gone](gone.md)",

@@ -45,10 +45,12 @@ class RepositoryLinks(Extension):  # type: ignore[misc]
         md.treeprocessors.register(processor, "repository_links", 1)
 
     def rewrite(self, tree: Element) -> None:
-        """Rewrites all links and images of a page, and marks the code that should not be broken into lines."""
+        """Rewrites all links and images of a page, and marks what a narrow screen has to lay out with care."""
         for element in tree.iter():
             if element.tag == "code" and len(element.text or "") <= LONGEST_UNBROKEN:
                 element.set("class", "unbroken")
+            if element.tag == "table":
+                _mark_prose(element)
             for key in ("href", "src"):
                 if element.get(key):
                     element.set(key, self.rewritten(element.get(key, "")))
@@ -124,6 +126,23 @@ def on_post_build(config: MkDocsConfig) -> None:
     index = Path(config.site_dir, "search", "search_index.json")
     if index.exists():
         index.with_suffix(".js").write_text(f"var __index = {index.read_text(encoding='utf-8')}", encoding="utf-8")
+
+
+def _mark_prose(table: Element) -> None:
+    """Marks a table that is read row by row, whose rows are blocks on a phone, and its cells with their column's head.
+
+    One with a column of numbers, which are aligned to the right, is read column by column and stays. Heads are left out
+    where they say nothing: of a row's first cell, unless that is a mere number, and of tables with two columns.
+    """
+    heads = list(table.iter("th"))
+    if any("right" in head.get("style", "") for head in heads):
+        return
+    table.set("data-prose", "")
+    for row in table.iterfind("tbody/tr"):
+        for column, (head, cell) in enumerate(zip(heads, row, strict=True)):
+            is_number = "".join(cell.itertext())[:1].isdigit()
+            if (column > 0 and len(heads) > 2) or (column == 0 and is_number):
+                cell.set("data-head", "".join(head.itertext()))
 
 
 def _content(path: str, place: Path) -> str | bytes:
