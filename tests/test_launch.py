@@ -106,6 +106,17 @@ def test_a_mistake_is_one_sentence_and_its_exit_code_comes_through(world: Path, 
 
 
 @pytest.mark.slow
+def test_what_stops_all_is_told_once(world: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rewards.py"
+    path.write_text("def some(completions, **_):\n    return [1.0, *[None] * len(completions)][:-1]\n")
+    done = run(command(world, tmp_path / "out", reward_funcs=f"{path}:some", max_missing_rewards=0.1))
+    assert done.returncode == 3, done.stderr
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("remax: ")]
+    assert "completions have no reward, more than --max_missing_rewards 0.1" in told
+    assert "process" not in told
+
+
+@pytest.mark.slow
 def test_more_processes_than_prompts(world: Path, tmp_path: Path) -> None:
     done = run(command(world, tmp_path / "out", batch_size=1))
     assert done.returncode == 2
@@ -309,7 +320,7 @@ def known(error: Any) -> Any:
         (0, 2, known(UserError("wrong")), "remax: wrong\n", "meets"),
         (1, 2, known(GuardStop("wrong")), "", "meets"),
         (0, 2, UserError("wrong"), "remax: process 0: wrong\n", ""),
-        (1, 2, UserError("wrong"), "remax: process 1: wrong\n", ""),
+        (1, 2, UserError("wrong"), "remax: process 1: wrong\n", "waits"),
         (0, 2, Interrupted("wrong", 130), "remax: wrong\n", "meets"),
         (1, 2, Interrupted("wrong", 130), "", "meets"),
         (1, 2, KeyboardInterrupt(), "", ""),

@@ -1,12 +1,15 @@
 """Frozen models that rest in the CPU's memory: the same storages, bit for bit, before and after a phase."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from remax.config import ReMaxConfig
 from remax.interfaces import Completion, Prompt
+from remax.loading import load_reference, load_rewards, place_reference
 from remax.placement import Placed
 from remax.precision import hold_in_bfloat16
 from remax.rewards import RewardModel
@@ -167,6 +170,20 @@ def test_resident_model_goes_to_the_device_at_once() -> None:
     model = tiny_model("llama")
     Placed(model, "meta")
     assert {tensor.device.type for tensor in tensors(model).values()} == {"meta"}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_going_to_be_sharded_does_not_go_to_the_device_whole(sharded: bool, tmp_path: Path) -> None:
+    reward_llama().save_pretrained(tmp_path)
+    toy_tokenizer().save_pretrained(tmp_path)
+    device = torch.device("meta")
+    rewards, tokenizers = [str(tmp_path), reward_llama()], [None, toy_tokenizer()]
+    loaded, given = load_rewards(rewards, tokenizers, 4, device, conversational=False, sharded=sharded)
+    reference = load_reference(tiny_model("llama"))
+    place_reference(reference, None, ReMaxConfig(), device, sharded=sharded)
+    for model in (loaded.model, reference.model):
+        assert next(model.parameters()).device.type == ("cpu" if sharded else "meta")
+    assert next(given.model.parameters()).device.type == "meta", "its owner's: it is not sharded"
 
 
 def test_reward_model_scores_alike_and_only_there() -> None:

@@ -255,6 +255,9 @@ def test_sharding_splits_what_the_zero_paper_says(sharding: Any, weights: int, s
     split = Split(sharding, devices)
     held = split.weights("policy", own, args) + split.states(own, args) + formulas.total(split.gradients(own, args))
     assert held == pytest.approx(P7 * (weights + states / devices), rel=1e-5)
+    frozen = llama("7B", head=32000, trained=False).counts
+    whole_frozen = Split().weights("reference", frozen, args)
+    assert split.weights("reference", frozen, args) == whole_frozen // (devices if sharding == "fsdp2" else 1)
     whole = Split()
     assert whole.weights("policy", own, args) == Split("ddp", devices).weights("policy", own, args) == 4 * P7
 

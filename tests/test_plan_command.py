@@ -121,7 +121,7 @@ def test_the_papers_setting_fits_with_remax_and_not_with_ppo(seven: Path) -> Non
     assert largest(remax.peaks).total == pytest.approx(P7 * (2 + 14 / 8 + 2) - P7 * 2 / 8, rel=0.06)
     assert ppo.peaks["update"].weights == pytest.approx(2 * 2 * P7, rel=0.02)
     everything = {**args, "reward_placement": "resident", "reference_placement": "resident"}
-    assert plan_of(seven, args=everything, **{**inputs, "sharding": "zero3"}).fits
+    assert plan_of(seven, args=everything, **{**inputs, "sharding": "fsdp2"}).fits
 
 
 def test_the_ratio_of_both_methods_tends_to_that_of_their_static_bytes(seven: Path) -> None:

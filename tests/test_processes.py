@@ -1,8 +1,13 @@
 """What processes share and agree on, without any: pure arithmetic, and errors as they come to the others."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 
+from remax.assembly import check_sharding
 from remax.batching import split_by_tokens
+from remax.config import ReMaxConfig
 from remax.errors import GuardStop, UserError
 from remax.processes import Processes, ProcessFailed
 
@@ -77,3 +82,18 @@ def test_one_process_needs_nobody_else() -> None:
     assert alone.sum(0.5) == 0.5
     with pytest.raises(ZeroDivisionError):
         alone.together(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optim": "adamw_torch_8bit"}, "--optim is adamw_torch_8bit: "),
+        ({"optim": "adafactor"}, "--optim is adafactor: "),
+        ({"rollout_engine": "paged"}, "--rollout_engine is paged: "),
+        ({"kl_mode": "loss", "kl_estimator": "exact"}, "--kl_estimator is exact: "),
+        ({"optim": "adamw_torch_fused"}, None),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_where_they_are_sharded(settings: dict[str, Any], said: str | None) -> None:
+    with nullcontext() if said is None else pytest.raises(UserError, match=f"^{said}each process would need all"):
+        check_sharding(ReMaxConfig(**settings))

@@ -221,6 +221,21 @@ def test_without_its_weights_the_training_comes_out_otherwise(
     assert resumed_differs(ended, tmp_path, PPO)
 
 
+@pytest.mark.parametrize(("saved", "here"), [(2, 1), (1, 2), (0, 1)])
+def test_a_state_of_another_number_of_gpus_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int, here: int
+) -> None:
+    train(tmp_path / "out", max_steps=2)
+    (checkpoint,) = list_checkpoints(tmp_path / "out")
+    read_state, put = state._load(checkpoint), []
+    read_state["generators"]["cuda"] = [torch.tensor(number) for number in range(saved)]
+    monkeypatch.setattr(state, "_load", lambda checkpoint: read_state)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *given: put.append(given))
+    state.restore_generators(checkpoint)
+    assert put == [(torch.tensor(number), number) for number in range(min(saved, here))]
+
+
 def test_counts_and_the_best_evaluation_are_resumed(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", **EVALUATION)
     train(tmp_path / "parts", until=STOPPED_IN, **EVALUATION)

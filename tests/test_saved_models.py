@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from remax.config import ModelOptions
 from remax.models import add_adapter, load_policy, load_reward_model, new_reward_model, quiet
 from remax.saving import save_model
+from remax.sharding import kept
 from small_policies import LORA, assert_close, folder, logits, policy, saved, stir  # noqa: F401
 from tiny_models import tiny_model
 from toy_tokenizers import EOS, PAD, VOCAB_SIZE, toy_tokenizer
@@ -45,6 +46,18 @@ def test_saved_model_is_the_model_in_memory(tied: bool, tmp_path: Path) -> None:
     assert policy.config.to_dict() == config
     assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) is not tied
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_process_that_only_helps_gathering_keeps_and_writes_nothing(tmp_path: Path) -> None:
+    policy = tiny_model("llama", vocab_size=VOCAB_SIZE)
+    drawn = kept(policy, ((name, tensor) for name, tensor in policy.named_parameters()), keeps=False)
+    assert drawn == {}
+    written: list[Any] = []
+    save_model(policy, toy_tokenizer(), tmp_path / "model", on_main=written.append, is_main=False)
+    (write,) = written
+    with pytest.raises(AttributeError, match="NoneType"):
+        write()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

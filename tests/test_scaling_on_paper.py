@@ -107,7 +107,9 @@ def test_frozen_models_are_gathered_for_their_passes() -> None:
     assert found["reward, forward"] == (2 * PARAMETERS, 3)  # 4 sampled and 4 greedy rows.
     assert found["reference, forward"] == (2 * PARAMETERS, 2)  # 8 rows, 2 a micro-batch, on 2 devices.
     assert found["log-probabilities"] == (8 * (4 * 8 + TENSOR_BYTES), 1)
-    assert not {"reward, forward", "reference, forward"} & set(moved(args, "ddp", 2, reference=frozen()))
+    for whole in ("ddp", "zero2", "zero3"):
+        others = moved(args, whole, 2, reference=frozen(), reward=frozen())
+        assert not {"reward, forward", "reference, forward"} & set(others)
     with_adapter = moved(replace(args, use_peft=True), "fsdp2", 2)
     assert with_adapter["policy, forward"] == (2 * PARAMETERS, 2)
 

@@ -86,6 +86,13 @@ def test_in_bfloat16_a_step_of_two_processes_is_that_of_one_to_its_precision(
     """Other micro-batches round otherwise; and sharded weights are gathered in bfloat16, so that norms round too."""
     (ours,), (theirs,) = results[f"{kind}: bf16"]["gradients"], alone["bf16"]["gradients"]
     assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+    scored, expected = (found["reward model in bf16"]["metrics"] for found in (_of(kind, results), alone))
+    for name in ("reward", "rewards/reward_model/std", "kl"):
+        assert scored[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+
+
+def _of(kind: str, results: dict[str, Any]) -> dict[str, Any]:
+    return {case.partition(": ")[2]: found for case, found in results.items() if case.startswith(f"{kind}: ")}
 
 
 def test_cases_are_what_they_are_named_for(alone: dict[str, Any]) -> None:

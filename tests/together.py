@@ -57,6 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no signal": {"beta": 0.0, "reward": alike},
     "logging": {"beta": 0.1, "reward": [logging_reward, lively], "rows": ROWS},
     "reward model": {"beta": 0.1, "reward": "reward_model", "batch_size": 3, "reward_batch_size": 2},
+    "reward model in bf16": {"reward": "reward_model", "batch_size": 3, "reward_batch_size": 2, "bf16": True},
     "tied": {"beta": 0.2, "micro_batch_tokens": 40, "model": "tied"},
     "bf16": {"beta": 0.2, "bf16": True},
     "two prompts": {"beta": 0.1, "batch_size": 2, "num_generations": 3, "method": "rloo"},

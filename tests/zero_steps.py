@@ -17,16 +17,21 @@ from torch.nn import Parameter
 from remax import learner, processes, zero
 from remax.methods import critic_free
 from remax.metrics import step_metrics
-from together import PPO, Sharding
+from together import PPO, Sharding, tied
+from toy_tokenizers import VOCAB_SIZE
 from toy_training import calm_policy, lively, make_trainer
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "remax": {"beta": 0.2, "micro_batch_tokens": 40},
     "after one that is not finite": {"beta": 0.2, "micro_batch_tokens": 40},
-    "clipped": {"beta": 0.1, "max_grad_norm": 0.01},
+    "clipped": {"beta": 0.1, "max_grad_norm": 0.1},
     "lora": {"beta": 0.2, "use_peft": True, "lora_r": 2, "micro_batch_tokens": 40},
     "bf16": {"beta": 0.2, "bf16": True},
     "no signal": {"beta": 0.0, "kl_mode": "none"},
+    "lora, small weights whole": {"beta": 0.2, "use_peft": True, "lora_r": 2, "divides_all": False},
+    "checkpointing": {"beta": 0.1, "gradient_checkpointing": True},
+    "tied": {"beta": 0.2, "model": "tied", "micro_batch_tokens": 40},
+    "tied with lora": {"beta": 0.2, "model": "tied", "use_peft": True, "lora_r": 2},
     "ppo": {**PPO, "micro_batch_tokens": 40},
     "ppo with lora": {**PPO, "use_peft": True, "lora_r": 2, "max_grad_norm": 0.5},
 }
@@ -47,8 +52,13 @@ def constant(completions: list[str], **_: Any) -> list[float]:
 
 def run(folder: Path, case: str) -> dict[str, Any]:
     """Returns the weights around one step and what was recorded."""
+    settings = {"batch_size": 8, **SETTINGS[case]}
     reward = constant if case == "no signal" else lively
-    trainer = make_trainer(folder / case, reward, model=calm_policy(1), batch_size=8, **SETTINGS[case])
+    model = tied() if settings.pop("model", "") == "tied" else calm_policy(1)
+    divide_all(settings.pop("divides_all", True))
+    trainer = make_trainer(folder / case, reward, model=model, **settings)
+    if "lora" in case:  # The backward pass makes logits again, chunk by chunk.
+        trainer.policy.module.chunk_elements = 4 * VOCAB_SIZE
     learners = [trainer.policy, *([trainer.method.critic] if case.startswith("ppo") else [])]
     trained = [parameter for one in learners for parameter in one.trainable]
     before, batch = weights(trained), trainer.order.batch(1)
@@ -59,8 +69,8 @@ def run(folder: Path, case: str) -> dict[str, Any]:
         critic_free.policy_gradient_loss = real
         assert torch.equal(weights(trained), before)
     record = trainer.step(batch, 1)
-    trainer.save_model(folder / f"{case} model")
     held = sum(p.numel() for p in trained)
+    trainer.save_model(folder / f"{case} model")
     metrics = {name: value for name, value in step_metrics(record).items() if value == value}
     return {"before": before, "after": weights(trained), "metrics": metrics, "held": held}
 
@@ -71,14 +81,14 @@ def train(folder: Path, name: str) -> None:
     make_trainer(folder, lively, model=calm_policy(1), **settings, **SETTINGS[name]).train()
 
 
-def divide_all() -> None:
-    """Makes DeepSpeed divide small weights too."""
+def divide_all(wanted: bool = True) -> None:
+    """Makes DeepSpeed divide small weights too or, as by default, leave them whole."""
     configure = zero.configure
 
     def divides_all(accelerator: Any, max_grad_norm: float) -> None:
         configure(accelerator, max_grad_norm)
         stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        stage["stage3_param_persistence_threshold"] = 0
+        stage["stage3_param_persistence_threshold"] = 0 if wanted else 100_000
 
     learner.configure = divides_all
 

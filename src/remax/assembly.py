@@ -85,6 +85,7 @@ def assemble(
         eval_prompts = eval_prompts[: args.num_eval_prompts]
 
     accelerator = make_accelerator(args.bf16, args.output_dir, processes=processes)
+    sharded = shards_weights(accelerator)
     reward_functions = load_rewards(
         rewards,
         reward_processing_classes,
@@ -92,10 +93,10 @@ def assemble(
         accelerator.device,
         conversational=is_conversational(prompts),
         placement=args.reward_placement,
+        sharded=sharded,
         timeout_seconds=args.reward_timeout_seconds,
         seed=args.seed,
     )
-    sharded = shards_weights(accelerator)
     if sharded:
         check_sharding(args)
     policy = load_policy(model, args, peft_config)
@@ -107,7 +108,7 @@ def assemble(
         accelerator=accelerator,
         policy=policy,
         reference=reference,
-        reference_placed=place_reference(reference, policy, args, accelerator.device),
+        reference_placed=place_reference(reference, policy, args, accelerator.device, sharded=sharded),
         tokenizer=tokenizer,
         engine=training_engine(policy, tokenizer, args, accelerator, rollout_engine, processes),
         reward_functions=reward_functions,
@@ -133,9 +134,10 @@ def check_processes(args: ReMaxConfig, processes: Processes) -> None:
 
 def check_sharding(args: ReMaxConfig) -> None:
     """Raises UserError if the settings need weights that each process has all of."""
+    matrices = args.optim in ("adamw_torch_8bit", "adafactor")
     wanted = {
         "--rollout_engine is paged": (args.rollout_engine == "paged", "--rollout_engine embedded"),
-        "--optim is adamw_torch_8bit": (args.optim == "adamw_torch_8bit", "another one, such as adamw_torch"),
+        f"--optim is {args.optim}": (matrices, "another one, such as adamw_torch"),
         f"--kl_estimator is {args.kl_estimator}": (args.needs_exact_kl, "--kl_estimator k2"),
     }
     for setting, (is_set, instead) in wanted.items():

@@ -97,11 +97,12 @@ class Components:
         if self.reference is not None and self.reference.model is self.policy:
             self.reference.through = policy.__call__
         elif self.reference is not None and self.reference_placed and self.reference_placed.placement == "resident":
-            shard_frozen(self.reference, self.accelerator)
+            shard_frozen(self.reference, self.accelerator, casts=True)  # Else the first KL would not be 0.
             self.reference.through = self.reference.__call__
         for function in self.reward_functions:
             if isinstance(function, RewardModel) and function.own and function.placed.placement == "resident":
-                shard_frozen(function.model, self.accelerator)
+                # A classifier's head computes in float32, and would get bfloat16.
+                shard_frozen(function.model, self.accelerator, casts=False)
                 function.num_passes = self.processes.most
 
     def roll_out(
@@ -202,7 +203,8 @@ class Components:
         raise GuardStop(
             f"{int(missing.sum())} of the step's {len(missing)} completions have no reward, more than "
             f"--max_missing_rewards {max_missing:g} allows ({reasons}); see "
-            "to that and go on (with --allow_config_change if you correct a reward's file), or allow more."
+            "to that and go on (with --allow_config_change if you correct a reward's file), or allow more.",
+            known_to_all=True,  # All have all rewards.
         )
 
     def begin_reference(self, rollout: Rollout, args: ReMaxConfig) -> "Begun":

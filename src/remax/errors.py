@@ -27,8 +27,10 @@ class GuardStop(Exception):
     The message is one sentence that says what was seen and what to do about it.
     """
 
-    known_to_all = False
-    """Whether all processes that train together raise it, so that one of them can tell."""
+    def __init__(self, message: str, *, known_to_all: bool = False) -> None:
+        super().__init__(message)
+        self.known_to_all = known_to_all
+        """Whether all processes that train together raise it, so that one of them can tell."""
 
 
 class Interrupted(KeyboardInterrupt):

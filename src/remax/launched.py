@@ -65,8 +65,8 @@ def tell_once(message: str, error: BaseException) -> None:
         if main:
             _tell(message)
     else:
-        # Before processes know of each other, they make the same mistakes.
-        if failure_of_another(error) or not (main or joined):
+        # Mostly they make the same mistakes: then the first one tells, and its end is that of the others.
+        if failure_of_another(error) or not main:
             _wait_for_end(SECONDS_BEHIND)
         _tell(message if main and not joined else f"process {os.environ.get('RANK', 0)}: {message}")
 

@@ -66,12 +66,14 @@ def load_rewards(
     *,
     conversational: bool,
     placement: Placement = "resident",
+    sharded: bool = False,
     timeout_seconds: float = 0.0,
     seed: int = 0,
     flag: str = "--reward_model",
 ) -> list[RewardFunction]:
     """Returns one RewardFunction per entry: a name or model becomes a RewardModel, a callable a CallableReward.
 
+    sharded: Components.shard_frozen brings what is loaded here to the device, which may not hold a whole model.
     timeout_seconds: of a call of an async function. seed: of the random numbers of functions in their own processes.
 
     Raises:
@@ -103,7 +105,7 @@ def load_rewards(
                     tokenizer,
                     name=short or "reward_model",
                     batch_size=batch_size,
-                    device=device,
+                    device=None if sharded and placement == "resident" and isinstance(reward, str) else device,
                     placement=placement,
                     own=isinstance(reward, str),
                 )
@@ -152,9 +154,11 @@ def load_reference(policy: Any) -> CompletionScorer:
 
 
 def place_reference(
-    reference: CompletionScorer | None, policy: Any, args: ReMaxConfig, device: torch.device
+    reference: CompletionScorer | None, policy: Any, args: ReMaxConfig, device: torch.device, *, sharded: bool
 ) -> Placed | None:
     """Returns where the reference is between the phases that use it; None without one of its own.
+
+    sharded: as in `load_rewards`.
 
     Raises:
         UserError: it should leave the device, but is the policy itself.
@@ -162,7 +166,8 @@ def place_reference(
     if reference is None:
         return None
     if reference.model is not policy:
-        return Placed(reference.model, device, args.reference_placement)
+        waits = sharded and args.reference_placement == "resident"
+        return Placed(reference.model, None if waits else device, args.reference_placement)
     if args.reference_placement == "offload":
         raise UserError(
             "--reference_placement is offload: with a new adapter the reference is the policy with the adapter off, so "

@@ -4,6 +4,7 @@ Legend: B rows, L tokens of prompt and completion, N completion tokens of a micr
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from remax import head
 from remax.batching import Batch
 from remax.interfaces import Sampling
+from remax.zero import is_divided, most_of_all
 
 
 def warp_logits(logits: Tensor, sampling: Sampling, keep: Tensor | None = None) -> Tensor:
@@ -98,7 +100,7 @@ class CompletionScorer(nn.Module):
             return logprobs_of._logprobs(batch, sampling)
         states = self.states(batch)
         targets = batch.targets
-        if reference is None and self.has_plain_head and not sampling.truncates:
+        if reference is None and self._takes_fast_head(sampling):
             logprobs, entropies = head.head_logprobs(
                 _unwrapped(self.model).get_output_embeddings(),
                 *(states, targets),
@@ -121,8 +123,16 @@ class CompletionScorer(nn.Module):
             log_ratios = (logprobs - ref_logprobs).masked_fill(logprobs == -torch.inf, 0.0)
             return token_logprobs, entropies, (logprobs.exp() * log_ratios).sum(-1)
 
-        columns = _in_chunks(statistics, (states, targets, ref_states), self._chunk_size())
+        columns = self._in_chunks(statistics, states, targets, ref_states)
         return TokenStatistics(*map(batch.scatter, columns))
+
+    def _takes_fast_head(self, sampling: Sampling) -> bool:
+        # DeepSpeed gathers weights for the backward passes of modules alone.
+        return self.has_plain_head and not sampling.truncates and not self._has_divided_head()
+
+    def _has_divided_head(self) -> bool:
+        head = _unwrapped(self.model).get_output_embeddings()
+        return head is not None and is_divided(head.weight)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, sampling: Sampling) -> Tensor:
@@ -138,7 +148,7 @@ class CompletionScorer(nn.Module):
             logprobs = warp_logits(self.logits(states), sampling, keep=targets).log_softmax(dim=-1)
             return (logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1),)
 
-        (column,) = _in_chunks(token_logprobs, (self.states(batch), batch.targets), self._chunk_size())
+        (column,) = self._in_chunks(token_logprobs, self.states(batch), batch.targets)
         return batch.scatter(column)
 
     def states(self, batch: Batch) -> Tensor:
@@ -169,6 +179,19 @@ class CompletionScorer(nn.Module):
         context: contextlib.AbstractContextManager[None] = self.model.disable_adapter()
         return context
 
+    def _in_chunks(self, function: Callable[..., tuple[Tensor, ...]], *columns: Tensor) -> list[Tensor]:
+        """Applies a row-wise function to chunks of rows; with more than one, the backward pass recomputes them."""
+        size = self._chunk_size()
+        if self._has_divided_head():  # Every call of the head gathers it: all processes have to make as many.
+            number = most_of_all(max(1, math.ceil(len(columns[0]) / size)), columns[0].device)
+            pieces = list(zip(*(torch.tensor_split(column, number) for column in columns), strict=True))
+        else:
+            pieces = list(zip(*(torch.split(column, size) for column in columns), strict=True))
+        if len(pieces) == 1:
+            return list(function(*columns))
+        results = [checkpoint(function, *piece, use_reentrant=False) for piece in pieces]
+        return [torch.cat(column) for column in zip(*results, strict=True)]
+
     def _chunk_size(self) -> int:
         elements = self.chunk_elements or chunk_elements(on_gpu=self.model.device.type == "cuda")
         return max(1, elements // int(_unwrapped(self.model).config.get_text_config().vocab_size))
@@ -185,15 +208,6 @@ def chunk_elements(*, on_gpu: bool) -> int:
 def untruncated(sampling: Sampling) -> Sampling:
     """Returns the same temperature over all tokens: what the reference takes, so that no log-ratio is infinite."""
     return replace(sampling, top_p=1.0, top_k=0)
-
-
-def _in_chunks(function: Callable[..., tuple[Tensor, ...]], columns: tuple[Tensor, ...], size: int) -> list[Tensor]:
-    """Applies a row-wise function to chunks of rows; with more than one chunk, the backward pass recomputes them."""
-    pieces = list(zip(*(torch.split(column, size) for column in columns), strict=True))
-    if len(pieces) == 1:
-        return list(function(*columns))
-    results = [checkpoint(function, *piece, use_reentrant=False) for piece in pieces]
-    return [torch.cat(column) for column in zip(*results, strict=True)]
 
 
 def _head(model: Any, states: Tensor) -> Tensor:

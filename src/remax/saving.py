@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from remax.checkpoint.files import give_usual_rights, sync, sync_tree
 from remax.models import quiet
-from remax.sharding import whole
+from remax.sharding import kept, whole
 
 
 def save_model(
@@ -26,22 +26,24 @@ def save_model(
     eos_token_ids: Sequence[int] = (),
     card: str | None = None,
     on_main: Callable[[Callable[[], None]], object] = lambda write: write(),
+    is_main: bool = True,
 ) -> None:
     """Writes a model and its tokenizer in Hugging Face format; a former one in the folder is replaced at the end.
 
     `from_pretrained` reads the folder without peft: adapters are merged into the weights that are written, and are
     themselves in folder/adapter. The model in memory is not touched. eos_token_ids: what ends a completion, for the
     generation config of a language model. card: the text of its README.md. on_main: where several processes call this,
-    each of which may hold a part of the weights, lets one of them write.
+    each of which may hold a part of the weights, lets one of them write; is_main: whether that is this one.
 
     Raises:
         OSError: the disk is full or broken; a former model in the folder is as it was.
     """
     with quiet():
-        merged = _whole_copy(model, tokenizer, eos_token_ids)
+        merged = _whole_copy(model, tokenizer, eos_token_ids, is_main=is_main)
     adapter = {}
     if isinstance(model, PeftModel):
-        adapter = {name: whole(p) for name, p in model.state_dict(keep_vars=True).items()}
+        own = ((name, whole(p)) for name, p in model.state_dict(keep_vars=True).items())
+        adapter = kept(model, own, keeps=is_main)
 
     def fill(partial: Path) -> None:
         with quiet():
@@ -83,12 +85,18 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise
 
 
-def _whole_copy(model: Any, tokenizer: Any, eos_token_ids: Sequence[int]) -> Any:
-    """Returns a model to be saved: a shell without adapters or patches around the same or the merged tensors."""
+def _whole_copy(model: Any, tokenizer: Any, eos_token_ids: Sequence[int], *, is_main: bool) -> Any:
+    """Returns a model to be saved: a shell without adapters or patches around the same or the merged tensors.
+
+    Nothing where it is not saved: there it only helps gathering.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    weights = kept(base, merged_weights(base), keeps=is_main)
+    if not is_main:
+        return None
     with torch.device("meta"):
         shell = type(base)(copy.deepcopy(base.config))
-    shell.load_state_dict(dict(merged_weights(base)), assign=True)
+    shell.load_state_dict(weights, assign=True)
     shell.tie_weights()
     if shell.can_generate():
         shell.generation_config = _generation_config(base.generation_config, tokenizer, eos_token_ids)

@@ -130,7 +130,7 @@ class ReMaxTrainer:
 
         self.parts = parts = processes.together(make_parts)
         self._make_method()
-        self.session.check_same(fingerprints(self))
+        processes.together(lambda: self.session.check_same(fingerprints(self)))
         if self.args.bf16:  # PPO's value model has copied the reward model's float32 weights by now.
             parts.hold_frozen_in_bfloat16()
         parts.shard_frozen(self.policy.module)
@@ -309,6 +309,7 @@ class ReMaxTrainer:
             eos_token_ids=stops,
             card=card,
             on_main=lambda write: self.processes.on_main(lambda: self._write(folder.name, write)),
+            is_main=self.processes.is_main,
         )
 
     def _push(self) -> None:

@@ -87,6 +87,13 @@ def is_divided(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def most_of_all(number: int, device: torch.device) -> int:
+    """Returns the largest of the numbers of all processes; to be called by all of them."""
+    largest = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 def gathered(parameter: Tensor) -> Tensor:
     """Returns all of a parameter that is divided; to be called by all processes, in one order."""
     import deepspeed

@@ -144,7 +144,11 @@ class Session(Run):
 
         self.processes.on_main(clear)
         with self.folder.writing("the checkpoint"):
-            return state.write_shards(trainer, self._shards)
+            try:
+                return state.write_shards(trainer, self._shards)
+            except OSError:  # In all processes. What is left takes the room that the model may still find.
+                shutil.rmtree(self._shards, ignore_errors=True)
+                raise
 
     def end(self, *, at_once: bool = False) -> None:
         """Lets the folder go; unless at once, when nothing is being written any more. May be called twice."""

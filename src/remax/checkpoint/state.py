@@ -164,8 +164,9 @@ def restore_generators(checkpoint: Path) -> None:
         name, keys, *rest = generators["numpy"]
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
         torch.set_rng_state(generators["torch"])
-    if generators["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(generators["cuda"])
+    # On as many GPUs as both machines have; no number of ours comes from these.
+    for index, state in zip(range(torch.cuda.device_count()), generators["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, index)
 
 
 def fingerprints(trainer: Any) -> dict[str, str]:

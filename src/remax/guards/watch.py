@@ -45,16 +45,17 @@ class Guards:
         record.skipped.append(skipped)
         if len(record.skipped) > 1:
             return
-        weights = {"policy": trainable_weights(self.parts.policy)}
+        writes = self.parts.processes.is_main
+        weights = {"policy": trainable_weights(self.parts.policy, keeps=writes)}
         if isinstance(self.method, PPO) and skipped.network == "value":
-            weights["value_model"] = trainable_weights(self.method.critic.module)
+            weights["value_model"] = trainable_weights(self.method.critic.module, keeps=writes)
         facts = {
             "config": {"model": self.parts.model_name, **dataclasses.asdict(self.args), **self.config},
             "seed": self.args.seed,
             "sampling": dataclasses.asdict(self.parts.sampling),
             "micro_batch_tokens": self.memory.size("micro_batch_tokens", self.args.micro_batch_tokens),
         }
-        if not self.parts.processes.is_main:
+        if not writes:
             return
         try:
             path = write_dump(self.folder, record, skipped, weights, facts)
@@ -137,7 +138,7 @@ class Guards:
         """Raises GuardStop if one of the guards stops the run; to be called when a step is recorded in full."""
         reason, self._stop = self._stop, None
         if reason is not None:
-            raise GuardStop(reason)
+            raise GuardStop(reason, known_to_all=True)  # All have seen the whole step.
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the news of the next steps depend on; plain JSON."""

@@ -58,14 +58,13 @@ class Agreement:
         gaps = torch.cat(known).abs()
         gap = float(gaps.mean())
         if gap > self.limit:
-            stop = GuardStop(
+            raise GuardStop(
                 f"the log-probabilities that {self.program} gives for the tokens it drew are {gap:.3g} nats per token "
                 f"from the policy's on average, more than --max_logprob_gap {self.limit:g} allows: the engine holds "
                 "other weights than the policy, or computes otherwise (another precision, an unsupported model); the "
-                "step was not taken, so see to that and go on with --resume auto."
+                "step was not taken, so see to that and go on with --resume auto.",
+                known_to_all=True,
             )
-            stop.known_to_all = True
-            raise stop
         metrics = {
             "sampling/sampling_logp_difference/mean": gap,
             "sampling/sampling_logp_difference/max": float(gaps.max()),

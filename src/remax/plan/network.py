@@ -86,7 +86,8 @@ def transfers(networks: Mapping[str, Network], args: ReMaxConfig, work: Workload
 
     ddp: gradients once per update. zero2: gradients after every micro-batch, and the new weights after every update.
     zero3, fsdp2: weights for every pass, forward and again backward, gradients after every micro-batch; and the whole
-    policy once, for the rollout. For FSDP2 that is an upper bound: embedding and head stay from forward to backward.
+    policy once, for the rollout. zero3 leaves frozen networks whole. For FSDP2 that is an upper bound: embedding and
+    head stay from forward to backward.
     """
     if split.devices == 1:
         return []
@@ -99,8 +100,9 @@ def transfers(networks: Mapping[str, Network], args: ReMaxConfig, work: Workload
     for name, network in networks.items():
         if network.counts.trained:
             found += _update(name, network, args, split, passes)
-    if args.needs_exact_kl and split.splits_weights:
-        source, size = _reference(networks, args)
+    source = _reference(networks)
+    if args.needs_exact_kl and split.splits(networks[source].counts):
+        size = pass_bytes(networks[source].counts, args)
         found.append(
             Transfer("update", f"{source}, forward", "all-gather", size, passes.update * passes.updates, split.devices)
         )
@@ -131,7 +133,7 @@ def _rollout(network: Network, args: ReMaxConfig, work: Workload, split: Split) 
     rows = work.prompts * (args.num_generations + args.needs_greedy) * split.devices
     tokens = rows * work.completion_length * token_bytes(network.widths.vocabulary)
     found = [Transfer("rollout", "completions", "all-gather", tokens, 1, split.devices)]
-    if split.splits_weights:
+    if split.splits(network.counts):
         whole = network.counts.parameters * split.held_size(args)
         found.insert(0, Transfer("rollout", "policy, whole", "all-gather", whole, 1, split.devices))
     return found
@@ -144,8 +146,7 @@ def _reward(
     rows = work.prompts * (args.num_generations + args.needs_greedy) * split.devices
     columns = 1 + max(1, len(learned))
     scores = Transfer("reward", "rewards", "all-gather", rows * columns * FLOAT_BYTES, 1, split.devices)
-    if not split.splits_weights:
-        return [scores]
+    learned = {name: network for name, network in learned.items() if split.splits(network.counts)}
     size = {name: network.counts.parameters * (2 if args.bf16 else 4) for name, network in learned.items()}
     weights = [Transfer("reward", f"{n}, forward", "all-gather", size[n], passes.reward, split.devices) for n in size]
     return [*weights, scores]
@@ -159,12 +160,13 @@ def _scoring(
     samples = work.prompts * split.devices * args.num_generations
     numbers = samples * (4 * work.completion_length + TENSOR_BYTES)
     if args.needs_reference and not args.needs_exact_kl:
-        source, size = _reference(networks, args)
-        if split.splits_weights:
+        source = _reference(networks)
+        if split.splits(networks[source].counts):
+            size = pass_bytes(networks[source].counts, args)
             found.append(Transfer("reference", f"{source}, forward", "all-gather", size, passes.scoring, split.devices))
         found.append(Transfer("reference", "log-probabilities", "all-gather", numbers, 1, split.devices))
     if "value" in networks:
-        if split.splits_weights:
+        if split.splits(networks["value"].counts):
             size = pass_bytes(networks["value"].counts, args)
             found.append(Transfer("update", "value, values", "all-gather", size, passes.scoring, split.devices))
         found.append(Transfer("update", "values", "all-gather", numbers, 1, split.devices))
@@ -191,7 +193,6 @@ def _update(name: str, network: Network, args: ReMaxConfig, split: Split, passes
     ]
 
 
-def _reference(networks: Mapping[str, Network], args: ReMaxConfig) -> tuple[str, int]:
-    """Returns the network that stands for the reference, which with an adapter is the policy, and its bytes."""
-    name = "reference" if "reference" in networks else "policy"
-    return name, pass_bytes(networks[name].counts, args)
+def _reference(networks: Mapping[str, Network]) -> str:
+    """Returns the name of the network that stands for the reference, which with an adapter is the policy."""
+    return "reference" if "reference" in networks else "policy"

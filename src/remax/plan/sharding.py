@@ -1,8 +1,8 @@
 """What one of several devices holds of weights, gradients and optimiser states.
 
 Mixed precision is that of the ZeRO paper (Rajbhandari et al., arXiv 1910.02054): 2 bytes of weight, 2 of gradient and
-12 of states (the float32 weight and two averages) per parameter; stage 2 splits the last 14, stage 3 all 16 and what is
-frozen too. FSDP2 holds float32 weights and gradients instead, which are 16 bytes again.
+12 of states (the float32 weight and two averages) per parameter; stage 2 splits the last 14, stage 3 all 16. FSDP2
+holds float32 weights and gradients instead, which are 16 bytes again, and splits what is frozen too.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class Split:
     def weights(self, name: str, own: Counts, args: ReMaxConfig) -> int:
         """Returns the bytes of a network's weights on one device, between the passes."""
         whole = formulas.weight_bytes(name, own, args)
-        if self.splits_weights:
+        if self.splits(own):
             return whole // self.devices
         return 2 * own.parameters if self._has_working_copy(own, args) else whole
 
@@ -49,7 +49,7 @@ class Split:
 
         The embedding or head, where that is larger.
         """
-        if not self.splits_weights:
+        if not self.splits(network.counts):
             return []
         own, size = network.counts, 2 if formulas.is_half(args) else 4
         layer = own.linear // max(1, network.widths.layers)
@@ -60,7 +60,7 @@ class Split:
 
         Linear layers in the type of the passes; the rest, and a head that is the embedding, in that of the parts.
         """
-        if not self.splits_weights:
+        if not self.splits(network.counts):
             return []
         own, size = network.counts, 2 if formulas.is_half(args) else 4
         has_own_head = own.parameters - own.linear >= own.embedding + own.head
@@ -76,10 +76,9 @@ class Split:
         splits = self.sharding not in ("none", "ddp")
         return replace(args, dtype="bfloat16", bf16=False) if splits and formulas.casts_weights(args) else args
 
-    @property
-    def splits_weights(self) -> bool:
-        """Whether a device holds only a part of each weight."""
-        return self.sharding in ("zero3", "fsdp2")
+    def splits(self, own: Counts) -> bool:
+        """Whether a device holds only a part of each weight of a network; DeepSpeed splits only what it trains."""
+        return self.sharding == "fsdp2" or (self.sharding == "zero3" and own.trained > 0)
 
     @property
     def _parts(self) -> int:
