@@ -62,6 +62,11 @@ class LLMEngine:
         self.asleep: set[str] = set()
         self.rows: dict[str, _Row] = {}
         self.num_rows_at_once = 0
+        self.engine_core = self
+        self.ended = False
+
+    def shutdown(self) -> None:
+        self.ended = True
 
     def add_request(self, name: str, prompt: dict[str, list[int]], params: SamplingParams) -> str:
         # Without a tokenizer, vLLM does not mind tokens that do not exist.

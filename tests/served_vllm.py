@@ -61,6 +61,8 @@ class Served:
         return VLLMEngine(self.remote(**settings), vocab_size=97, run_id=run, sends=sends)
 
     def remote(self, **settings: Any) -> RemoteVLLM:
+        """A client whose time passes only as it waits, and in `self.waits`."""
         self.waits: list[float] = []
-        settings = {"timeout_seconds": 4.0, "sleep": self.waits.append, "jitter": lambda: 0.0, **settings}
+        passing = {"sleep": self.waits.append, "clock": lambda: sum(self.waits)}
+        settings = {"timeout_seconds": 4.0, "jitter": lambda: 0.0, **passing, **settings}
         return RemoteVLLM(self.server.url, **settings)

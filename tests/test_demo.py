@@ -20,7 +20,7 @@ def run(out: Path, **sizes: int) -> dict[str, Any]:
 def test_the_demo_makes_stories_kinder(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "demo"
     results = run(
-        out, num_stories=3000, sft_steps=420, num_pairs=1000, reward_steps=50, max_steps=35, num_eval_prompts=128
+        out, num_stories=2000, sft_steps=300, num_pairs=800, reward_steps=40, max_steps=30, num_eval_prompts=96
     )
     before, after = results["before"], results["after"]
     assert after["means"]["gold score"] > before["means"]["gold score"] + 1, "of a scale from -3 to 3"

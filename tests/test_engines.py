@@ -1,6 +1,6 @@
 """The suite that every rollout engine must pass, on the CPU; continuous batching runs there too.
 
-vLLM itself is tested in tests/vllm; here a stand-in takes its calls, in this process and behind the real server.
+vLLM itself is tested in tests/with_vllm; here a stand-in takes its calls, in this process and behind the real server.
 """
 
 import threading

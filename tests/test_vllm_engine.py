@@ -1,6 +1,6 @@
 """vLLM's engine around a stand-in for vLLM: seeds, versions, sleep and what is found at the start.
 
-The server is in test_vllm_server.py, what every engine must do in test_engines.py, the real vLLM in tests/vllm.
+The server is in test_vllm_server.py, what every engine must do in test_engines.py, the real vLLM in tests/with_vllm.
 """
 
 # ruff: noqa: F811

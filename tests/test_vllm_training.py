@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from accelerate import DistributedType, PartialState
+from torch import Tensor, distributed
 
 from enumeration import (
     BETA,
@@ -28,6 +31,7 @@ from enumeration import (
 from fake_vllm import LLM, fake_vllm  # noqa: F401
 from remax import estimators
 from remax.batching import collate
+from remax.cli import main
 from remax.config import ReMaxConfig
 from remax.errors import GuardStop
 from remax.interfaces import Completion
@@ -35,7 +39,8 @@ from remax.logprobs import untruncated
 from remax.methods import critic_free
 from remax.methods.agreement import Agreement, agreement
 from remax.objective import policy_gradient_loss
-from remax.processes import ALONE
+from remax.processes import ALONE, leave_processes
+from toy_tokenizers import toy_tokenizer
 from toy_training import make_trainer, policy, read, watch_gradients
 
 OTHER = tiny_gpt2(5)
@@ -240,3 +245,40 @@ def test_the_policys_own_program_is_neither_measured_nor_corrected(train, monkey
     assert not any({"drawn_logprobs", "clip_max"} & call.keys() for call in seen)
     assert not any(name.startswith(("sampling/sampling_logp", "sampling/importance")) for name in metrics)
     assert json.loads(json.dumps(metrics))["sampling/logprob_difference_max"] > 1e-30
+
+
+# The end
+
+
+@pytest.fixture
+def group(tmp_path) -> Iterator[None]:
+    """A group of one process, as vLLM makes it."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def test_only_a_group_of_ours_is_left(group, monkeypatch) -> None:
+    PartialState()
+    leave_processes()
+    assert distributed.is_initialized(), "who has made it still needs it"
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_CPU)
+    leave_processes()
+    assert not distributed.is_initialized()
+
+
+def test_the_command_ends_vllm_before_it_leaves_the_others(tmp_path: Path, fake_vllm, monkeypatch) -> None:  # noqa: F811
+    left: list[bool] = []
+    monkeypatch.setattr("remax.processes.leave_processes", lambda: left.append(LLM.made[0].llm_engine.ended))
+    policy().save_pretrained(tmp_path / "model")
+    toy_tokenizer("<s> $A", bos_token="<s>").save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n' * 4)
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, **_):\n    return [float(len(t)) for t in completions]"
+    )
+    words = ["train", "--model", "model", "--reward_funcs", "rewards.py:length", "--train_dataset", "prompts.jsonl"]
+    words += ["--output_dir", "run", "--max_steps", "1", "--batch_size", "4", "--max_completion_length", "4"]
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--rollout_engine", "vllm", "--report_to", "none"]) == 0
+    assert left == [True]

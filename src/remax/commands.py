@@ -50,6 +50,7 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig, options: con
     from remax.doctor import quick_warnings
     from remax.hub import PushFailed
     from remax.processes import leave_processes
+    from remax.rollout.vllm.engine import VLLMEngine
     from remax.trainer import ReMaxTrainer
 
     wait_until_ready([*rewards, *gold_rewards])  # before a tokenizer and data are read
@@ -70,6 +71,8 @@ def run_train(inputs: config.TrainInputs, args: config.ReMaxConfig, options: con
         if trainer.processes.is_main:
             _report(trainer.folder)
         raise
+    if isinstance(trainer.parts.engine, VLLMEngine):  # It has groups among the processes, which end with theirs.
+        trainer.parts.engine.close()
     leave_processes()
     print(f"The trained model is in {trainer.folder.model}.")
     if trainer.processes.is_main:

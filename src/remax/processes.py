@@ -6,15 +6,19 @@ a step; what comes of it is gathered, so that every process knows the whole step
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from remax.errors import GuardStop, UserError
 from remax.zero import load_whole
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for another one, such as for the one that writes a large model. One that ends ends all."""
 
 T = TypeVar("T")
 
@@ -130,15 +134,18 @@ def join_processes() -> Processes:
     device = torch.accelerator.current_accelerator(check_available=True)
     on_cpu = _num_started() > 1 and (device is None or device.type == "mps")
     if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        state = PartialState(backend="gloo")  # With cpu=True it would leave DeepSpeed out.
+        state = PartialState(backend="gloo", timeout=PATIENCE)  # With cpu=True it would leave DeepSpeed out.
     else:
-        state = PartialState(cpu=on_cpu)
+        state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes)
 
 
 def leave_processes() -> None:
-    """Ends the connection to the other processes, when nothing is left to be done together."""
-    if torch.distributed.is_initialized():
+    """Ends the connection to the other processes, when nothing is left to be done together.
+
+    A group that somebody else has made is left alone: vLLM ends its own.
+    """
+    if PartialState().distributed_type != DistributedType.NO and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

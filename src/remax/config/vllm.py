@@ -57,7 +57,7 @@ class VLLMOptions(VLLMModelOptions):
     vllm_server_port: int = 8000
     """Port of the server."""
     vllm_server_timeout: float = 240.0
-    """Seconds that a server is waited for which does not answer, at the start and later."""
+    """Seconds that a server is waited for which does not answer, or whose vLLM is at one step or one load so long."""
     vllm_enable_sleep_mode: bool | None = None
     """Whether a colocated engine gives its memory back between rollouts; by default where vLLM can (on CUDA)."""
     vllm_importance_sampling_correction: bool = True

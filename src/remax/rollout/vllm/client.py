@@ -1,9 +1,11 @@
 """vLLM on a server: `remax serve-vllm`, asked over HTTP."""
 
+import contextlib
 import http.client
 import json
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -23,21 +25,27 @@ Answer = TypeVar("Answer")
 PROTOCOL_VERSION = 1
 SECONDS_TO_CONNECT = 10.0
 SECONDS_FOR_HEALTH = 10.0
+SECONDS_BETWEEN_LOOKS = 10.0
+"""How often a server is looked after while it works on an answer."""
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 30.0
 PART_BYTES = 2**30
 """Weights are sent in parts of about this size; so much of them is in memory twice."""
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
-"""A long answer is waited for without a limit, as long as its machine is there: probes after 30 s, six of them."""
+"""While an answer is waited for, nothing in between shall forget the connection, nor its end be missed: probes after
+30 s, six of them."""
 WORTH_RETRYING = (502, 503, 504)
 JSON, TENSORS = "application/json", "application/octet-stream"
 
 
 class RemoteVLLM:
-    """Asks a server. What fails is tried again for as long as timeout_seconds.
+    """Asks a server. What fails is tried again until timeout_seconds have passed since it failed first.
 
     The waits double, from a second up to LONGEST_WAIT_SECONDS, each shortened by a random part of up to a half. Neither
     redirects nor proxies are followed. The key of the environment variable VLLM_API_KEY is sent as a bearer token.
+
+    An answer may take as long as it needs: rows may be many and long. The server is looked after meanwhile, and is
+    given up if for timeout_seconds it does not say how it is, or says that vLLM does not get on.
     """
 
     def __init__(
@@ -46,16 +54,17 @@ class RemoteVLLM:
         *,
         timeout_seconds: float,
         sleep: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] | None = None,
     ) -> None:
-        """sleep and jitter (numbers in [0, 1)) are for tests.
+        """sleep, clock (seconds) and jitter (numbers in [0, 1)) are for tests.
 
         Raises:
             UserError: the key cannot be used.
         """
         self.url, self.timeout_seconds = url, timeout_seconds
         self.name = f"the vLLM server at {url}"
-        self._sleep = sleep
+        self._sleep, self._clock = sleep, clock
         self._jitter = jitter or random.Random().random  # Never the global generator: a run's own numbers come from it.
         read_credential(KEY_VARIABLE)
 
@@ -136,6 +145,9 @@ class RemoteVLLM:
     def rest(self) -> None:
         """Does nothing: a server has its own memory."""
 
+    def close(self) -> None:
+        """Does nothing: a server is there for others as well."""
+
     def _ask(self, attempt: Callable[[], Answer]) -> Answer:
         try:
             return self._insist(attempt)
@@ -145,24 +157,26 @@ class RemoteVLLM:
             ) from None
 
     def _insist(self, attempt: Callable[[], Answer]) -> Answer:
-        waited, wait = 0.0, FIRST_WAIT_SECONDS
+        until, wait = None, FIRST_WAIT_SECONDS
         while True:
             try:
                 return attempt()
             except _NoAnswer as error:
                 if not error.retry:
                     raise
-                if waited >= self.timeout_seconds:
-                    raise _NoAnswer(f"{error}, for {self.timeout_seconds:g} s", False) from None
-                if not waited:
+                if until is None:  # Only now: the attempt may have been a draw of an hour.
+                    until = self._clock() + self.timeout_seconds
                     print(f"Waiting for {self.name}: it {error}.", flush=True)
-            seconds = min(wait * (1 - self._jitter() / 2), self.timeout_seconds - waited)
-            self._sleep(seconds)
-            waited, wait = waited + max(seconds, 1e-3), min(2 * wait, LONGEST_WAIT_SECONDS)
+                left = until - self._clock()
+                if left <= 0:
+                    raise _NoAnswer(f"{error}, for {self.timeout_seconds:g} s", False) from None
+            self._sleep(min(wait * (1 - self._jitter() / 2), left))
+            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
     def _health(self) -> dict[str, Any]:
         reply = self._exchange("GET", "/health", seconds=SECONDS_FOR_HEALTH)
-        if reply.get("version") != PROTOCOL_VERSION or "holds" not in reply:
+        known = "holds" in reply and isinstance(reply.get("busy_seconds", 0), int | float)
+        if reply.get("version") != PROTOCOL_VERSION or not known:
             raise _NoAnswer(
                 f"is no `remax serve-vllm` of protocol version {PROTOCOL_VERSION} (/health says {shown(reply)})", False
             )
@@ -171,7 +185,7 @@ class RemoteVLLM:
     def _exchange(
         self, method: str, path: str, body: bytes | None = None, kind: str = JSON, seconds: float | None = None
     ) -> dict[str, Any]:
-        """Returns the JSON object that the server replies; seconds: what a silence may last.
+        """Returns the JSON object that the server replies; seconds: what a silence may last, by default see `_watched`.
 
         Raises:
             _NoAnswer: it replies something else, or not at all.
@@ -186,9 +200,10 @@ class RemoteVLLM:
             connection.connect()
             connection.sock.settimeout(seconds)
             _keep_alive(connection.sock)
-            connection.request(method, address.path + path, body, headers)
-            response = connection.getresponse()
-            text = response.read()
+            with self._watched(connection.sock) if seconds is None else contextlib.nullcontext():
+                connection.request(method, address.path + path, body, headers)
+                response = connection.getresponse()
+                text = response.read()
         except TimeoutError:
             raise _NoAnswer("does not answer in time", True) from None
         except (OSError, http.client.HTTPException) as error:
@@ -196,6 +211,44 @@ class RemoteVLLM:
         finally:
             connection.close()
         return _object(response, text)
+
+    @contextlib.contextmanager
+    def _watched(self, connected: socket.socket) -> Iterator[None]:
+        """Breaks a connection if, while its answer is waited for, the server hangs: see the class.
+
+        Raises:
+            _NoAnswer: it did.
+        """
+        over, hangs = threading.Event(), []
+
+        def watch() -> None:
+            silent_since = None
+            while not over.wait(SECONDS_BETWEEN_LOOKS):
+                began, limit, reason = self._clock(), self.timeout_seconds, ""
+                try:
+                    if self._health().get("busy_seconds", 0) >= limit:
+                        reason = f"has been at one step, or at taking weights, for {limit:g} s (--vllm_server_timeout)"
+                    silent_since = None
+                except _NoAnswer as error:
+                    silent_since = began if silent_since is None else silent_since
+                    if self._clock() - silent_since >= limit:
+                        reason = f"{error}, for {limit:g} s"
+                if reason and not over.is_set():
+                    hangs.append(reason)
+                    with contextlib.suppress(OSError):  # It has just ended by itself.
+                        # Not the method of a TLS connection, which would leave its reader without one.
+                        socket.socket.shutdown(connected, socket.SHUT_RDWR)
+                    return
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        except (OSError, http.client.HTTPException):
+            if hangs:
+                raise _NoAnswer(hangs[0], False) from None
+            raise
+        finally:
+            over.set()
 
 
 class _NoAnswer(Exception):

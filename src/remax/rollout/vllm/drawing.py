@@ -1,6 +1,7 @@
 """One thread that owns a server's vLLM: the rows of all clients join one batch, and weights wait until it is empty."""
 
 import queue
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -34,11 +35,18 @@ class Drawing:
         self._jobs: list[_Job] = []
         self._loads: list[tuple[str, str, Future[None]]] = []
         self._holds, self._num_jobs = local.holds(), 0
+        self._began: float | None = None
 
     @property
     def holds(self) -> str:
         """The stamp of the weights that are held."""
         return self._holds
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long vLLM has been at what it does now: one step of all rows, or taking weights."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def draw(self, request: Request) -> list[Drawn]:
         """Returns one result per row; waits for it.
@@ -65,10 +73,12 @@ class Drawing:
         """Works until `stop`. If vLLM breaks, everybody who waits is told, and the error leaves this method."""
         try:
             while self._receive():
+                self._began = time.monotonic()
                 if self._jobs:
                     self._step()
                 elif self._loads:
                     self._take()
+                self._began = None
         except BaseException as error:
             for job in self._jobs:
                 job.result.set_exception(RuntimeError(f"vLLM broke: {error}"))

@@ -64,6 +64,10 @@ class Backend(Protocol):
         """Gives back memory until the next load, if that is wanted."""
         ...
 
+    def close(self) -> None:
+        """Ends a vLLM that belongs to this process alone."""
+        ...
+
 
 class VLLMEngine:
     """Draws completions with vLLM. Its weights are copies, under a stamp: the run and the version of the policy.
@@ -116,6 +120,10 @@ class VLLMEngine:
     def release(self) -> None:
         """Lets vLLM give back its memory until the next rollout."""
         self._backend.rest()
+
+    def close(self) -> None:
+        """Ends a vLLM that belongs to this process, which cannot draw any more; a server goes on."""
+        self._backend.close()
 
     def generate(
         self,

@@ -94,6 +94,11 @@ class LocalVLLM:
             self.llm.sleep(level=2)
             self._asleep, self._stamp = True, ""
 
+    def close(self) -> None:
+        """Ends it; while its process ends it could miss what it needs for that, such as groups of processes."""
+        self._stamp = ""
+        self.llm.llm_engine.engine_core.shutdown()
+
 
 def requests(request: Request) -> tuple[list[Any], list[Any]]:
     """Returns prompts and sampling parameters as vLLM takes them, one of each per row."""

@@ -76,6 +76,8 @@ class VLLMServer(GuardedServer):
         )
         self.folder = Path(tempfile.mkdtemp(prefix="remax-vllm-"))
         """Where weights arrive."""
+        self.pushing = threading.Lock()
+        """Held by whoever loads weights or removes some: none are removed while they are loaded, nor loaded twice."""
 
     def begin(self, llm: Any) -> Drawing:
         """Answers from now on, in threads of its own; returns what has to draw, by `run`."""
@@ -139,23 +141,38 @@ class _Handler(GuardedHandler):
     def _health(self) -> dict[str, Any]:
         if self.path != "/health":
             raise Refusal(404, "there is no such address")
-        return {"version": PROTOCOL_VERSION, "holds": self.server.drawing.holds, **self.server.health}
+        drawing = self.server.drawing
+        state = {"holds": drawing.holds, "busy_seconds": round(drawing.busy_seconds, 3)}
+        return {"version": PROTOCOL_VERSION, **state, **self.server.health}
 
     def _take_weights(self) -> dict[str, Any]:
         match = WEIGHTS.fullmatch(self.path)
         if match is None:
             raise Refusal(404, "there is no such address")
         length = self.content_length(TENSORS, MAX_WEIGHT_BYTES)
-        path = self.server.folder / match[1] / f"{int(match[2]):06}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        with path.open("wb") as file:
-            while length > 0:
-                piece = self.rfile.read(min(length, PIECE_BYTES))
-                if not piece:
-                    raise Refusal(400, "the weights did not arrive in full")
-                _write(file, piece)
-                length -= len(piece)
+        folder, part = self.server.folder / match[1], int(match[2])
+        if part == 1:
+            self._make_room(folder)
+        folder.mkdir(exist_ok=True)
+        # Elsewhere until it is whole: the same part may be on its way twice, if an answer was lost.
+        with tempfile.TemporaryDirectory(dir=folder) as arriving:
+            path = Path(arriving) / f"{part:06}.safetensors"
+            with path.open("wb") as file:
+                while length > 0:
+                    piece = self.rfile.read(min(length, PIECE_BYTES))
+                    if not piece:
+                        raise Refusal(400, "the weights did not arrive in full")
+                    _write(file, piece)
+                    length -= len(piece)
+            path.replace(folder / path.name)
         return {}
+
+    def _make_room(self, folder: Path) -> None:
+        """Removes what has arrived of other pushes: they were broken off."""
+        with self.server.pushing:
+            for other in self.server.folder.iterdir():
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
 
     def _draw(self, content: dict[str, Any]) -> dict[str, Any]:
         request = parse_request(content)
@@ -170,18 +187,23 @@ class _Handler(GuardedHandler):
         stamp, parts = content.get("stamp"), content.get("parts")
         if not isinstance(stamp, str) or not STAMP.fullmatch(stamp) or type(parts) is not int:
             raise Refusal(400, "there are no stamp and number of parts")
-        folder = self.server.folder / stamp
+        with self.server.pushing:
+            self._load_once(self.server.folder / stamp, stamp, parts)
+        return {"holds": stamp}
+
+    def _load_once(self, folder: Path, stamp: str, parts: int) -> None:
+        """Loads the weights of a folder and removes it, unless they are loaded already."""
         if self.server.drawing.holds == stamp:  # The answer to a former attempt was lost.
-            return {"holds": stamp}
-        if sorted(path.name for path in folder.glob("*")) != [f"{n:06}.safetensors" for n in range(1, parts + 1)]:
-            raise Refusal(409, "it was restarted while weights were sent")
+            return
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if names != [f"{number:06}.safetensors" for number in range(1, parts + 1)]:
+            raise Refusal(409, "it was restarted while weights were sent, or got those of another training")
         try:
             self.server.drawing.load(str(folder), stamp)
         except UserError as error:
             raise Refusal(400, str(error)) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return {"holds": stamp}
 
     def _content(self) -> dict[str, Any]:
         length = self.content_length(JSON, MAX_REQUEST_BYTES)
