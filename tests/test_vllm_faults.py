@@ -27,7 +27,7 @@ from tiny_models import tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fake_vllm")
 REAL_TIME = {"sleep": time.sleep, "clock": time.monotonic}
-OTHER_RUN = "fedcba9876543210"
+OTHER_RUN = "f" * 16
 REQUEST = Request([[1, 2]], [(0, None)], SAMPLING, f"{RUN}-0")
 
 
