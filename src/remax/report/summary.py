@@ -113,7 +113,7 @@ def _of_evaluations(run: Run) -> Summary:
     if with_prompts:
         basis += (
             f" on the same {with_prompts:,} held-out prompts; 95% intervals over prompts, that of the change over "
-            " the prompts' own changes. They say nothing about other seeds."
+            "the prompts' own changes. They say nothing about other seeds."
         )
     else:
         basis += " on held-out prompts; only means were kept of them (--log_completions), so there are no intervals."
