@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 import zero_steps
 from remax import learner, zero
 from remax.checkpoint.shards import _is_covered, _Reader, deal, read_shards, write_shards
+from test_launch import command, run, world  # noqa: F401
 from toy_training import calm_policy, lively, make_trainer, read
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -164,6 +165,18 @@ def test_two_processes_take_the_step_of_one(stage: int, alone: tuple[Path, dict[
         assert exported.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(exported[name], tensor, rtol=1e-5, atol=1e-2 if case == "bf16" else 1e-6)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("use_peft", [False, True])
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_the_configs_of_the_package_train(config: str, use_peft: bool, world: Path, tmp_path: Path) -> None:  # noqa: F811
+    done = run(command(world, tmp_path / "out", accelerate_config=config, use_peft=use_peft))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = read(tmp_path / "out" / "metrics.jsonl")
+    assert line["num_processes"] == 2
+    assert (tmp_path / "out" / "model" / "config.json").exists()
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
